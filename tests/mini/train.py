@@ -1,0 +1,494 @@
+"""Train every model of the miniature from nothing: python tests/mini/train.py [--only NAME …] [--work DIR]
+
+The models, in the order in which they need each other:
+
+    vae            AutoencoderKL of SD3's geometry (factor 8, 16 channels)             L1 + L2 + 5e-4 KL
+    clip           CLIP, patch 16, QuickGELU, on captions of which one in eight is wrong (as web captions are)
+    judge          CLIP, patch 8, own seed and own drawings, then preferences; nothing is ever trained or chosen by it
+    dfn-clip       CLIP, patch 8, on the captions that `clip` finds plausible (as DFN filters its data)
+    sd3.5-medium   SD3Transformer2DModel on the VAE's latents, with its two CLIP text encoders, flow matching
+    hpsv2          CLIP, patch 16, GELU, contrastive and then finetuned on ranked images, drawn, damaged and generated
+    aesthetic      the published MLP on clip's embedding, regressed on votes
+
+Each model is trained in one thread, resumes from its own checkpoint in --work, is exported into its folder in half
+precision when done, and is left alone if its folder is complete. Two may be trained at once with two commands and --only.
+The quality table is printed at the end and written to quality.json; tests/mini/README.md shows it.
+"""
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+import draw
+
+HERE = Path(__file__).parent
+TEXT_LENGTH = 16
+
+
+# ---------------------------------------------------------------------------- data
+def scenes(n, seed, split="train", text=draw.random_caption):
+    """n drawn scenes: uint8 (n, 3, 64, 64) and their captions."""
+    rng = np.random.default_rng([seed, 7])
+    images, captions = np.empty((n, 3, draw.SIZE, draw.SIZE), np.uint8), []
+    for k in range(n):
+        scene = draw.sample_split(rng, split)
+        images[k] = draw.draw(rng, scene).transpose(2, 0, 1)
+        captions.append(text(rng, scene))
+    return torch.from_numpy(images), captions
+
+
+def signed(images):
+    """uint8 (B, 3, H, W) to float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------- one training loop for all of them
+def fit(name, work, models, loss_fn, steps, lr, warmup=0.05, ema=None, weight_decay=0.0, snapshots=()):
+    """Train `models` (one nn.Module) with one-cycle cosine AdamW. Checkpoints every minute; resumes where it was.
+
+    loss_fn(step, generator) -> loss; everything random is drawn from `generator`, so that a resumed run continues the same stream.
+    """
+    path = work / f"{name}.pt"
+    optimizer = torch.optim.AdamW(models.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    generator, start, seconds = torch.Generator().manual_seed(zlib_seed(name)), 0, 0.0
+    average = {k: v.detach().clone() for k, v in models.state_dict().items()} if ema else None
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        models.load_state_dict(saved["models"]), optimizer.load_state_dict(saved["optimizer"]), generator.set_state(saved["generator"])
+        start, seconds, average = saved["step"], saved["seconds"], saved["average"]
+
+    def save(to, step):
+        torch.save(dict(models=models.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
+                        step=step, seconds=seconds, average=average), str(to) + ".tmp")
+        os.replace(str(to) + ".tmp", to)
+
+    bar, last, mean = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10), time.time(), None
+    models.train()
+    for step in bar:
+        began = time.time()
+        x = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / (warmup * steps)) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * x)))
+        loss = loss_fn(step, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
+        optimizer.step()
+        if ema:
+            decay = min(ema, (1 + step) / (10 + step))
+            current = models.state_dict()
+            torch._foreach_lerp_([average[k] for k in current if current[k].is_floating_point()],
+                                 [current[k] for k in current if current[k].is_floating_point()], 1 - decay)
+        seconds += time.time() - began
+        if step % 50 == 0:
+            value = float(loss.detach())
+            if not np.isfinite(value):
+                raise SystemExit(f"error: the loss of {name} became {value} at step {step}; the last good state is {path}")
+            mean = value if mean is None else 0.8 * mean + 0.2 * value
+            bar.set_postfix(loss=f"{mean:.4f}")
+        if time.time() - last > 60:
+            save(path, step + 1)
+            last = time.time()
+        if step + 1 in snapshots:
+            save(work / f"{name}-{step + 1}.pt", step + 1)
+    save(path, steps)
+    if ema:
+        models.load_state_dict(average)
+    return models.eval().requires_grad_(False), seconds / 60
+
+
+def zlib_seed(name):
+    import zlib
+    return zlib.crc32(name.encode())
+
+
+def pick(generator, n, batch):
+    return torch.randint(n, (batch,), generator=generator)
+
+
+def half(module):
+    """A state dict in half precision, as it is committed."""
+    return {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in module.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------- autoencoder
+def train_vae(work, steps=2000):
+    from diffusers import AutoencoderKL
+    torch.manual_seed(1)
+    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(16, 32, 64, 64),
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1,
+                        norm_num_groups=8, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
+                        sample_size=64, scaling_factor=1.0, shift_factor=0.0)
+    images, _ = scenes(12000, 1)
+
+    def loss_fn(step, generator):
+        x = signed(images[pick(generator, len(images), 24)])
+        with torch.autocast("cpu", torch.bfloat16):  # the convolutions are twice as fast
+            posterior = vae.encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+            error = vae.decode(z).sample.float() - x
+        return error.abs().mean() + error.square().mean() + 5e-4 * posterior.kl().mean() / 1024
+
+    vae, minutes = fit("vae", work, vae, loss_fn, steps, 2e-3)
+    with torch.no_grad():
+        z = torch.cat([vae.encode(signed(b)).latent_dist.mean for b in images[:2000].split(100)])
+    vae.register_to_config(scaling_factor=round(float(1 / z.std()), 4), shift_factor=round(float(z.mean()), 4))
+    vae.half().save_pretrained(work / "vae")
+    return minutes
+
+
+# ---------------------------------------------------------------------------- text
+def tokenizer():
+    """CLIP's own tokenizer class over this world's words: every word is one token, anything else is spelt out."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789,.")
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="!"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(draw.WORDS, trainers.BpeTrainer(vocab_size=9999, min_frequency=1, end_of_word_suffix="</w>",
+                                                            initial_alphabet=letters, show_progress=False))
+    model = json.loads(bpe.to_str())["model"]
+    names = ["!", *dict.fromkeys([*model["vocab"], *(c + "</w>" for c in letters)]), "<|startoftext|>", "<|endoftext|>"]
+    # open_clip pools at the highest id, so the end token comes last; padding is id 0, as in open_clip
+    return CLIPTokenizer(vocab={n: k for k, n in enumerate(names)}, merges=[tuple(m) for m in model["merges"]],
+                         model_max_length=TEXT_LENGTH, pad_token="!")
+
+
+# ---------------------------------------------------------------------------- CLIP models
+def clip_config(patch, layers, width, quick_gelu, text_layers=3):
+    return dict(embed_dim=64, quick_gelu=quick_gelu,
+                vision_cfg=dict(image_size=64, layers=layers, width=width, patch_size=patch, head_width=32),
+                text_cfg=dict(context_length=TEXT_LENGTH, vocab_size=len(tokenizer()), width=96, heads=3, layers=text_layers,
+                              hf_tokenizer_name="tokenizer files beside this one"))
+
+
+def build_clip(config):
+    import open_clip
+    return open_clip.CLIP(**{k: v for k, v in config.items()})
+
+
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)))
+
+
+def pixels(images):
+    return (images.float() / 255 - MEAN) / STD
+
+
+def contrastive(clip, images, tokens):
+    """Symmetric cross-entropy in which equal captions count as matches."""
+    a, b = clip.encode_image(pixels(images), normalize=True), clip.encode_text(tokens, normalize=True)
+    logits = clip.logit_scale.exp().clamp(max=100) * a @ b.T
+    same = (tokens[:, None] == tokens[None]).all(-1).float()
+    return -0.5 * sum((same / same.sum(1, keepdim=True) * l.log_softmax(1)).sum(1).mean() for l in (logits, logits.T))
+
+
+def web_pool(seed, n=24000, wrong=1 / 8):
+    """Drawn images with captions of which some belong to another image, as on the web."""
+    images, captions = scenes(n, seed)
+    rng = np.random.default_rng(seed)
+    swapped = rng.permutation(n)[:int(wrong * n)]
+    shuffled = [captions[k] for k in rng.permutation(swapped)]
+    for k, text in zip(swapped, shuffled):
+        captions[k] = text
+    return images, torch.tensor(tokenizer()(captions, padding="max_length", truncation=True).input_ids)
+
+
+def save_clip(clip, config, folder, extra=()):
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocess = dict(mean=[.48145466, .4578275, .40821073], std=[.26862954, .26130258, .27577711], interpolation="bicubic", resize_mode="shortest")
+    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config, preprocess_cfg=preprocess), indent=1))
+    tokenizer().save_pretrained(folder)
+    for name, module in extra:
+        save_file(half(module), folder / name)
+    save_file(half(clip), folder / "open_clip_model.safetensors")
+
+
+def train_clip(work, steps=1200):
+    torch.manual_seed(2)
+    config = clip_config(patch=16, layers=8, width=128, quick_gelu=True)
+    images, tokens = web_pool(2)
+
+    def loss_fn(step, generator):
+        k = pick(generator, len(images), 192)
+        return contrastive(clip, images[k], tokens[k])
+
+    clip = build_clip(config)
+    clip, minutes = fit("clip", work, clip, loss_fn, steps, 1e-3, weight_decay=0.05)
+    save_clip(clip, config, HERE / "clip")
+    return minutes
+
+
+def train_dfn(work, steps=700):
+    """DFN: a data filtering network (here `clip`) keeps the pairs that it finds plausible; a larger tower is trained on them."""
+    torch.manual_seed(3)
+    config = clip_config(patch=8, layers=8, width=128, quick_gelu=True)
+    images, tokens = web_pool(3, n=30000)
+    filtering = load_clip(HERE / "clip")
+    with torch.no_grad():
+        score = torch.cat([(filtering.encode_image(pixels(i), normalize=True) * filtering.encode_text(t, normalize=True)).sum(-1)
+                           for i, t in zip(images.split(500), tokens.split(500))])
+    keep = score.argsort(descending=True)[:int(0.8 * len(images))]
+    images, tokens = images[keep], tokens[keep]
+
+    def loss_fn(step, generator):
+        k = pick(generator, len(images), 96)
+        with torch.autocast("cpu", torch.bfloat16):  # four times clip's tokens: here half precision pays
+            return contrastive(clip, images[k], tokens[k])
+
+    clip = build_clip(config)  # everything but the patch embedding and its positions starts from clip
+    clip.load_state_dict({k: v for k, v in filtering.state_dict().items() if v.shape == clip.state_dict()[k].shape}, strict=False)
+    clip, minutes = fit("dfn-clip", work, clip, loss_fn, steps, 1e-3, weight_decay=0.05)
+    save_clip(clip, config, HERE / "dfn-clip")
+    return minutes
+
+
+def load_clip(folder):
+    from safetensors.torch import load_file
+    clip = build_clip(json.loads((folder / "open_clip_config.json").read_text())["model_cfg"])
+    clip.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "open_clip_model.safetensors").items()})
+    return clip.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------- preferences
+def ranked(seed, groups, size=4):
+    """Ranked groups: images uint8 (G, size, 3, 64, 64), tokens (G, L), ranks (G, size); rank 1 is best."""
+    rng = np.random.default_rng([seed, 11])
+    images, prompts, ranks = [], [], []
+    for _ in range(groups):
+        prompt, group, rank = draw.ranked_group(rng, "train", size)
+        images.append(np.stack(group).transpose(0, 3, 1, 2)), prompts.append(prompt), ranks.append(rank)
+    return torch.from_numpy(np.stack(images)), tokenise(prompts), torch.tensor(ranks)
+
+
+def tokenise(prompts):
+    return torch.tensor(tokenizer()(list(prompts), padding="max_length", truncation=True).input_ids)
+
+
+def preference_loss(clip, images, tokens, ranks, scale=40.0):
+    """Bradley-Terry on every pair of a group: images (G, n, 3, H, W), tokens (G, L), ranks (G, n)."""
+    e = clip.encode_image(pixels(images.flatten(0, 1)), normalize=True).unflatten(0, ranks.shape)
+    score = torch.einsum("gne,ge->gn", e, clip.encode_text(tokens, normalize=True))
+    better = (ranks[:, :, None] < ranks[:, None]).float()
+    return (better * F.softplus(-scale * (score[:, :, None] - score[:, None]))).sum() / better.sum()
+
+
+def train_preference(name, work, clip, config, steps, pools, contrastive_pool):
+    """Finetune a CLIP on ranked groups (equal weight for each pool), with the contrastive loss kept on at a tenth of its weight."""
+    images, tokens = contrastive_pool
+
+    def prefer(step, generator):
+        losses = []
+        for group_images, group_tokens, ranks in pools:
+            g = pick(generator, len(ranks), 40 // len(pools))
+            losses.append(preference_loss(clip, group_images[g], group_tokens[g], ranks[g]))
+        k = pick(generator, len(images), 64)
+        return sum(losses) / len(losses) + 0.1 * contrastive(clip, images[k], tokens[k])
+
+    clip, minutes = fit(name, work, clip.requires_grad_(True), prefer, steps, 4e-4)
+    save_clip(clip, config, HERE / name)
+    return minutes
+
+
+def train_judge(work, steps=700):
+    torch.manual_seed(5)
+    config = clip_config(patch=16, layers=6, width=96, quick_gelu=True)
+    pool = images, tokens = web_pool(5)
+
+    def loss_fn(step, generator):
+        k = pick(generator, len(images), 160)
+        return contrastive(clip, images[k], tokens[k])
+
+    clip = build_clip(config)
+    clip, minutes = fit("judge-contrastive", work, clip, loss_fn, steps, 1.5e-3, weight_decay=0.05)
+    return minutes + train_preference("judge", work, clip, config, 350, [ranked(5, 5000)], pool)
+
+
+def train_hpsv2(work):
+    """clip's weights with GELU in place of QuickGELU; half of the ranked groups are drawn and damaged, half come from the half-trained generator."""
+    torch.manual_seed(6)
+    config = clip_config(patch=16, layers=8, width=128, quick_gelu=False)
+    clip = build_clip(config)
+    clip.load_state_dict(load_clip(HERE / "clip").state_dict())
+    return train_preference("hpsv2", work, clip, config, 500, [ranked(6, 6000), generated_groups(work, 6, 800)], web_pool(6))
+
+
+def generated_groups(work, seed, groups, size=4):
+    path = work / "generated.pt"
+    if not path.exists():
+        rng = np.random.default_rng([seed, 12])
+        prompts = [draw.caption(draw.sample_split(rng, "train"), int(rng.integers(5))) for _ in range(groups)]
+        transformer, text = build_generator(MEDIUM)
+        saved = torch.load(work / f"sd3.5-medium-{EARLY}.pt", weights_only=True)["average"]
+        torch.nn.ModuleList([transformer, *text]).load_state_dict(saved)
+        vae = load_vae(work)
+        images, ranks = [], []
+        for k in tqdm(range(0, groups, 50), desc="generated groups"):
+            part = prompts[k:k + 50]
+            four = torch.cat([sample(transformer.eval(), text, vae, part, cfg=c, steps=12, seed=int(rng.integers(1 << 30))) for c in (1.0, 2.5, 4.5, 4.5)])
+            four = four.unflatten(0, (size, len(part))).transpose(0, 1)
+            images.append(four)
+            for prompt, group in zip(part, four.permute(0, 1, 3, 4, 2).numpy()):
+                score = np.array([draw.preference(i, prompt) for i in group])
+                ranks.append((np.argsort(np.argsort(-score.round(3))) + 1).tolist())
+        torch.save((torch.cat(images), tokenise(prompts), torch.tensor(ranks)), path)
+    return torch.load(path, weights_only=True)
+
+
+# ---------------------------------------------------------------------------- aesthetic
+def aesthetic_head(width):
+    """The published MLP: five linear layers with dropout between and no non-linearity (improved-aesthetic-predictor)."""
+    from torch import nn
+    return nn.Sequential(nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64), nn.Dropout(0.1),
+                         nn.Linear(64, 16), nn.Linear(16, 1))
+
+
+def train_aesthetic(work, steps=4000):
+    torch.manual_seed(7)
+    images, _ = scenes(12000, 7)
+    rng = np.random.default_rng(7)
+    counts = np.array([draw.votes(rng, i) for i in images.permute(0, 2, 3, 1).numpy()])
+    mark = torch.tensor(counts @ np.arange(1, 11) / counts.sum(1), dtype=torch.float32)
+    clip = load_clip(HERE / "clip")
+    with torch.no_grad():
+        e = torch.cat([clip.encode_image(pixels(i), normalize=True) for i in images.split(500)])
+    head = aesthetic_head(e.shape[1])
+    with torch.no_grad():
+        head[-1].bias.fill_(mark.mean())
+
+    def loss_fn(step, generator):
+        k = pick(generator, len(e), 256)
+        return F.mse_loss(head(e[k])[:, 0], mark[k])
+
+    head, minutes = fit("aesthetic", work, head, loss_fn, steps, 1e-3)
+    config = json.loads((HERE / "clip/open_clip_config.json").read_text())["model_cfg"]
+    (HERE / "aesthetic").mkdir(exist_ok=True)
+    from safetensors.torch import save_file
+    save_file({f"layers.{k}": v.float() for k, v in half(head).items()}, work / "head.safetensors")
+    save_clip(clip, config, HERE / "aesthetic")
+    shutil.copy(work / "head.safetensors", HERE / "aesthetic/aesthetic_head.safetensors")
+    return minutes
+
+
+# ---------------------------------------------------------------------------- generators
+MEDIUM = dict(name="sd3.5-medium", num_layers=8, width=128, dual=4)
+EARLY = 2000  # steps after which a copy is kept, to generate imperfect images for hpsv2
+
+
+def build_generator(size):
+    """The transformer and its two CLIP text encoders, SD3's way: penultimate hidden states side by side, projections pooled."""
+    from diffusers import SD3Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    width = size["width"]
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=size["num_layers"], attention_head_dim=32,
+        num_attention_heads=width // 32, joint_attention_dim=128, caption_projection_dim=width, pooled_projection_dim=128,
+        pos_embed_max_size=8, dual_attention_layers=tuple(range(size["dual"])), qk_norm="rms_norm")
+    tok = tokenizer()
+    text = [CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, projection_dim=64,
+        max_position_embeddings=TEXT_LENGTH, hidden_act=act, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id)) for act in ("quick_gelu", "gelu")]
+    return transformer, text
+
+
+def encode_text(text, tokens):
+    """(B, L + 1, 128) and (B, 128), as StableDiffusion3Pipeline.encode_prompt makes them with one zero token for the absent T5."""
+    outs = [m(tokens, output_hidden_states=True) for m in text]
+    hidden = torch.cat([o.hidden_states[-2] for o in outs], -1)
+    return torch.cat([hidden, hidden.new_zeros(len(tokens), 1, hidden.shape[-1])], 1), torch.cat([o.text_embeds for o in outs], -1)
+
+
+def load_vae(work):
+    from diffusers import AutoencoderKL
+    return AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def sample(transformer, text, vae, prompts, cfg, steps, seed):
+    """uint8 (B, 3, 64, 64) by Euler's method on SD3's shifted grid."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    z = torch.randn(len(prompts), 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+    condition, null = encode_text(text, tokenise(prompts)), [v.expand(len(prompts), *v.shape[1:]) for v in encode_text(text, tokenise([""]))]
+    for a, b in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:]):
+        t = (a * 1000).expand(len(z))
+        u = transformer(z, condition[0], condition[1], t, return_dict=False)[0]
+        if cfg != 1:
+            un = transformer(z, null[0], null[1], t, return_dict=False)[0]
+            u = un + cfg * (u - un)
+        z = z + (b - a) * u
+    x = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
+    return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def train_generator(work, size=MEDIUM, steps=8000, batch=48):
+    torch.manual_seed(4)
+    vae = load_vae(work)
+    images, captions = scenes(40000, 4)
+    tokens, null = tokenise(captions), tokenise([""])
+    with torch.no_grad():
+        z0 = torch.cat([(vae.encode(signed(i)).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor for i in images.split(200)])
+    del images
+    transformer, text = build_generator(size)
+    both = torch.nn.ModuleList([transformer, *text])
+
+    def loss_fn(step, generator):
+        k = pick(generator, len(z0), batch)
+        ids = torch.where(torch.rand(batch, 1, generator=generator) < 0.12, null, tokens[k])
+        t = torch.sigmoid(torch.randn(batch, generator=generator))
+        eps = torch.randn(z0[k].shape, generator=generator)
+        z = torch.lerp(z0[k], eps, t.view(-1, 1, 1, 1))
+        u = transformer(z, *encode_text(text, ids), t * 1000, return_dict=False)[0]
+        return (u - (eps - z0[k])).square().mean()
+
+    _, minutes = fit(size["name"], work, both, loss_fn, steps, 1e-3, ema=0.999, snapshots=(EARLY,))
+    save_pipeline(transformer, text, vae, HERE / size["name"])
+    return minutes
+
+
+def save_pipeline(transformer, text, vae, folder):
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import T5Tokenizer
+    # T5 is left out, as diffusers allows. Its tokenizer stays, with room for one token, so that its slot of zeros is one token long.
+    t5 = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], model_max_length=1)
+    pipe = StableDiffusion3Pipeline(transformer=transformer.half().eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae.half(),
+                                    text_encoder=text[0].half().eval(), tokenizer=tokenizer(), text_encoder_2=text[1].half().eval(),
+                                    tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=t5)
+    pipe.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------- main
+TRAIN = {"vae": train_vae, "clip": train_clip, "judge": train_judge, "dfn-clip": train_dfn, "sd3.5-medium": train_generator,
+         "hpsv2": train_hpsv2, "aesthetic": train_aesthetic}
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", nargs="+", choices=TRAIN, help="train these, in this order")
+    p.add_argument("--work", default=str(HERE / "work"), help="folder of checkpoints (default: work/ beside this file)")
+    args = p.parse_args(argv)
+    torch.set_num_threads(1)
+    work = Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
+    for name in args.only or TRAIN:
+        done = work / "vae/config.json" if name == "vae" else HERE / name / ("model_index.json" if name.startswith(("sd3", "flux")) else "open_clip_model.safetensors")
+        if not done.exists():
+            minutes = TRAIN[name](work)
+            log = work / f"{name}.minutes"
+            log.write_text(f"{minutes:.1f}")
+            print(f"{name}: {minutes:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
