@@ -16,6 +16,7 @@ The quality table is printed at the end and written to quality.json; tests/mini/
 """
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -77,7 +78,7 @@ def fit(name, work, models, loss_fn, steps, lr, warmup=0.05, ema=None, weight_de
         began = time.time()
         x = step / steps
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / (warmup * steps)) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * x)))
+            group["lr"] = lr * min(1, (step + 1) / (warmup * steps)) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * x)))
         loss = loss_fn(step, generator)
         optimizer.zero_grad()
         loss.backward()
