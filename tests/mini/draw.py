@@ -470,9 +470,13 @@ def write_benchmarks(out, train_images=8000, seed=0):
         (root / "drawbench.txt").write_text("\n".join(caption(s, int(rng.integers(5))) for s in scenes) + "\n")
         (root / "geneval.jsonl").write_text("".join(json.dumps(m) + "\n" for m in geneval_metadata(rng, split, 40)))
 
-    rng = np.random.default_rng([seed, 2])
+    rng, coco = np.random.default_rng([seed, 2]), dict(images=[], annotations=[])
     for k in range(train_images):
-        _save(draw(rng, sample_split(rng, "train")), out / "train" / f"{k:05d}.png")
+        scene = sample_split(rng, "train")
+        _save(draw(rng, scene), out / "train" / f"{k:05d}.png")
+        coco["images"].append(dict(id=k, file_name=f"{k:05d}.png"))
+        coco["annotations"] += [dict(id=3 * k + n, image_id=k, caption=random_caption(rng, scene)) for n in range(3)]
+    dump(out / "train_captions.json", coco)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(out, final)
 

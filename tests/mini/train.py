@@ -18,9 +18,9 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +53,14 @@ def signed(images):
 
 
 # ---------------------------------------------------------------------------- one training loop for all of them
-def fit(name, work, models, loss_fn, steps, lr, warmup=0.05, ema=None, weight_decay=0.0, snapshots=()):
+def fit(name, work, models, loss_fn, steps, lr, warmup=0.03, ema=None, weight_decay=0.0, snapshots=()):
     """Train `models` (one nn.Module) with one-cycle cosine AdamW. Checkpoints every minute; resumes where it was.
 
     loss_fn(step, generator) -> loss; everything random is drawn from `generator`, so that a resumed run continues the same stream.
     """
     path = work / f"{name}.pt"
     optimizer = torch.optim.AdamW(models.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
-    generator, start, seconds = torch.Generator().manual_seed(zlib_seed(name)), 0, 0.0
+    generator, start, seconds = torch.Generator().manual_seed(name_seed(name)), 0, 0.0
     average = {k: v.detach().clone() for k, v in models.state_dict().items()} if ema else None
     if path.exists():
         saved = torch.load(path, weights_only=True)
@@ -107,8 +107,7 @@ def fit(name, work, models, loss_fn, steps, lr, warmup=0.05, ema=None, weight_de
     return models.eval().requires_grad_(False), seconds / 60
 
 
-def zlib_seed(name):
-    import zlib
+def name_seed(name):
     return zlib.crc32(name.encode())
 
 
@@ -122,7 +121,8 @@ def half(module):
 
 
 # ---------------------------------------------------------------------------- autoencoder
-def train_vae(work, steps=2000):
+def train_vae(work):
+    """Two cycles: the second, with less weight on the KL and smaller batches, gets the colours right."""
     from diffusers import AutoencoderKL
     torch.manual_seed(1)
     vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(16, 32, 64, 64),
@@ -131,15 +131,19 @@ def train_vae(work, steps=2000):
                         sample_size=64, scaling_factor=1.0, shift_factor=0.0)
     images, _ = scenes(12000, 1)
 
-    def loss_fn(step, generator):
-        x = signed(images[pick(generator, len(images), 24)])
-        with torch.autocast("cpu", torch.bfloat16):  # the convolutions are twice as fast
-            posterior = vae.encode(x).latent_dist
-            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-            error = vae.decode(z).sample.float() - x
-        return error.abs().mean() + error.square().mean() + 5e-4 * posterior.kl().mean() / 1024
+    def reconstruction(batch, kl):
+        def loss_fn(step, generator):
+            x = signed(images[pick(generator, len(images), batch)])
+            with torch.autocast("cpu", torch.bfloat16):  # the convolutions are twice as fast
+                posterior = vae.encode(x).latent_dist
+                z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+                error = vae.decode(z).sample.float() - x
+            return error.abs().mean() + error.square().mean() + kl * posterior.kl().mean() / 1024
+        return loss_fn
 
-    vae, minutes = fit("vae", work, vae, loss_fn, steps, 2e-3)
+    minutes = fit("vae", work, vae, reconstruction(24, 5e-4), 2000, 2e-3)[1]
+    vae.requires_grad_(True)
+    minutes += fit("vae-second", work, vae, reconstruction(16, 5e-5), 2600, 2e-3)[1]
     with torch.no_grad():
         z = torch.cat([vae.encode(signed(b)).latent_dist.mean for b in images[:2000].split(100)])
     vae.register_to_config(scaling_factor=round(float(1 / z.std()), 4), shift_factor=round(float(z.mean()), 4))
@@ -174,7 +178,7 @@ def clip_config(patch, layers, width, quick_gelu, text_layers=3):
 
 def build_clip(config):
     import open_clip
-    return open_clip.CLIP(**{k: v for k, v in config.items()})
+    return open_clip.CLIP(**config)
 
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)))
@@ -203,14 +207,14 @@ def web_pool(seed, n=24000, wrong=1 / 8):
     return images, torch.tensor(tokenizer()(captions, padding="max_length", truncation=True).input_ids)
 
 
-def save_clip(clip, config, folder, extra=()):
+def save_clip(clip, config, folder, extra={}):
     from safetensors.torch import save_file
     folder.mkdir(parents=True, exist_ok=True)
     preprocess = dict(mean=[.48145466, .4578275, .40821073], std=[.26862954, .26130258, .27577711], interpolation="bicubic", resize_mode="shortest")
     (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config, preprocess_cfg=preprocess), indent=1))
     tokenizer().save_pretrained(folder)
-    for name, module in extra:
-        save_file(half(module), folder / name)
+    for name, weights in extra.items():
+        save_file(weights, folder / name)
     save_file(half(clip), folder / "open_clip_model.safetensors")
 
 
@@ -372,11 +376,7 @@ def train_aesthetic(work, steps=4000):
 
     head, minutes = fit("aesthetic", work, head, loss_fn, steps, 1e-3)
     config = json.loads((HERE / "clip/open_clip_config.json").read_text())["model_cfg"]
-    (HERE / "aesthetic").mkdir(exist_ok=True)
-    from safetensors.torch import save_file
-    save_file({f"layers.{k}": v.float() for k, v in half(head).items()}, work / "head.safetensors")
-    save_clip(clip, config, HERE / "aesthetic")
-    shutil.copy(work / "head.safetensors", HERE / "aesthetic/aesthetic_head.safetensors")
+    save_clip(clip, config, HERE / "aesthetic", {"aesthetic_head.safetensors": {f"layers.{k}": v for k, v in half(head).items()}})
     return minutes
 
 
@@ -469,6 +469,95 @@ def save_pipeline(transformer, text, vae, folder):
     pipe.save_pretrained(folder)
 
 
+# ---------------------------------------------------------------------------- quality
+@torch.no_grad()
+def recall_at_1(clip, images, captions):
+    """Image to text and text to image among held-out images, five captions each, captions a list of lists."""
+    a = torch.cat([clip.encode_image(pixels(i), normalize=True) for i in images.split(250)])
+    b = clip.encode_text(tokenise([c for cs in captions for c in cs]), normalize=True)
+    of = torch.arange(len(images)).repeat_interleave(len(captions[0]))
+    scores = b @ a.T
+    return float((of[scores.argmax(0)] == torch.arange(len(images))).float().mean()), float((scores.argmax(1) == of).float().mean())
+
+
+@torch.no_grad()
+def ranking_accuracy(clip, groups):
+    """Share of the pairs of each group that are ordered as people order them; groups of (prompt, images, ranks), ties left out."""
+    shares = []
+    for prompt, images, ranks in groups:
+        e = clip.encode_image(pixels(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)), normalize=True)
+        score, ranks = (e @ clip.encode_text(tokenise([prompt]), normalize=True).T)[:, 0], torch.tensor(ranks)
+        better = ranks[:, None] < ranks[None]
+        shares.append(float((better & (score[:, None] > score[None])).sum() / better.sum().clamp(min=1)))
+    return float(np.mean(shares))
+
+
+def quality(work):
+    """The table of tests/mini/README.md, on the report split's drawn benchmarks. Returns {model: {measure: value}}."""
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from safetensors.torch import load_file
+    from scipy.stats import spearmanr
+    from transformers import CLIPTextModelWithProjection
+    from PIL import Image
+    data = HERE / "data"
+    if not data.exists():
+        draw.write_benchmarks(data)
+    read = lambda path: np.array(Image.open(path).convert("RGB"))
+    coco = json.loads((data / "coco/coco_test_karpathy.json").read_text())
+    images = torch.from_numpy(np.stack([read(data / "coco/val2014" / i["file_name"]) for i in coco["images"]])).permute(0, 3, 1, 2)
+    captions = [[a["caption"] for a in coco["annotations"][5 * k:5 * k + 5]] for k in range(len(images))]
+    hpd = [(r["prompt"], [read(data / "hpdv2/test" / p) for p in r["image_path"]], r["rank"]) for r in json.loads((data / "hpdv2/test.json").read_text())]
+    imr = [(r["prompt"], [read(data / "imagereward" / p) for p in r["generations"]], r["ranking"]) for r in json.loads((data / "imagereward/test.json").read_text())]
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    minutes = {f.stem: float(f.read_text()) for f in work.glob("*.minutes")} if work.exists() else {}
+    table = {}
+
+    generators = [f.parent for f in sorted(HERE.glob("*/model_index.json"))]
+    with torch.no_grad():
+        vae = AutoencoderKL.from_pretrained(generators[0], subfolder="vae", torch_dtype=torch.float32).eval()
+        x = signed(images)
+        y = torch.cat([vae.decode(vae.encode(b).latent_dist.mean).sample.clamp(-1, 1) for b in x.split(100)])
+        psnr = -10 * ((x - y) / 2).square().flatten(1).mean(1).log10()
+        shown = ((y / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        table["vae"] = {"parameters": count(vae), "PSNR (dB)": float(psnr.mean()), "checker on reconstructions": float(np.mean([draw.check(i, c[0]) for i, c in zip(shown, captions)]))}
+    for name in ("clip", "dfn-clip", "hpsv2", "judge"):
+        if (HERE / name / "open_clip_model.safetensors").exists():
+            clip = load_clip(HERE / name)
+            i2t, t2i = recall_at_1(clip, images, captions)
+            table[name] = {"parameters": count(clip), "recall@1_i2t": i2t, "recall@1_t2i": t2i, "hpdv2_accuracy": ranking_accuracy(clip, hpd), "imagereward_accuracy": ranking_accuracy(clip, imr)}
+    if (HERE / "aesthetic/aesthetic_head.safetensors").exists():
+        head, clip = aesthetic_head(64).eval(), load_clip(HERE / "aesthetic")
+        head.load_state_dict({k.removeprefix("layers."): v.float() for k, v in load_file(HERE / "aesthetic/aesthetic_head.safetensors").items()})
+        marks = np.array([np.array(r.split()[2:12], float) @ np.arange(1, 11) / np.array(r.split()[2:12], float).sum() for r in (data / "ava/AVA.txt").read_text().splitlines()])
+        shown = torch.from_numpy(np.stack([read(data / "ava/images" / f"{k + 1}.png") for k in range(len(marks))])).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            score = head(clip.encode_image(pixels(shown), normalize=True))[:, 0]
+        table["aesthetic"] = {"parameters": count(head) + count(clip), "srcc": float(spearmanr(score, marks).statistic)}
+    prompts = (data / "drawbench.txt").read_text().splitlines()
+    geneval = [json.loads(line) for line in (data / "geneval.jsonl").read_text().splitlines()]
+    for folder in generators:
+        transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).eval()
+        text = [CLIPTextModelWithProjection.from_pretrained(folder, subfolder=s, dtype=torch.float32).eval() for s in ("text_encoder", "text_encoder_2")]
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).eval()
+        row = table[folder.name] = {"parameters": count(transformer) + sum(map(count, text))}
+        for cfg in (1.0, 4.5):
+            shown = sample(transformer, text, vae, prompts, cfg, 28, seed=0).permute(0, 2, 3, 1).numpy()
+            row[f"checker, cfg {cfg}"] = float(np.mean([draw.check(i, p) for i, p in zip(shown, prompts)]))
+        shown = sample(transformer, text, vae, [m["prompt"] for m in geneval], 4.5, 28, seed=1).permute(0, 2, 3, 1).numpy()
+        tasks = {t: np.mean([draw.check(i, m) for i, m in zip(shown, geneval) if m["tag"] == t]) for t in draw.TASKS}
+        row["geneval, cfg 4.5"] = float(np.mean(list(tasks.values())))
+    for name, row in table.items():
+        if name in minutes:
+            row["minutes, one thread"] = minutes[name]
+    return table
+
+
+def print_quality(table):
+    for name, row in table.items():
+        cells = [f"{k} {v:,}" if k == "parameters" else f"{k} {v:.3f}" if v < 10 else f"{k} {v:.1f}" for k, v in row.items()]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 # ---------------------------------------------------------------------------- main
 TRAIN = {"vae": train_vae, "clip": train_clip, "judge": train_judge, "dfn-clip": train_dfn, "sd3.5-medium": train_generator,
          "hpsv2": train_hpsv2, "aesthetic": train_aesthetic}
@@ -478,8 +567,9 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", choices=TRAIN, help="train these, in this order")
     p.add_argument("--work", default=str(HERE / "work"), help="folder of checkpoints (default: work/ beside this file)")
+    p.add_argument("--threads", type=int, default=1)
     args = p.parse_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
     for name in args.only or TRAIN:
@@ -489,6 +579,10 @@ def main(argv=None):
             log = work / f"{name}.minutes"
             log.write_text(f"{minutes:.1f}")
             print(f"{name}: {minutes:.1f} minutes")
+    if not args.only:
+        table = quality(work)
+        (HERE / "quality.json").write_text(json.dumps(table, indent=1))
+        print_quality(table)
 
 
 if __name__ == "__main__":
