@@ -86,8 +86,8 @@ def main(args):
     if not args.images:
         fail("--images DIR is needed: a folder of training images, such as AVA's and HPDv2's without their test images")
     names = list_images(args.images)[:args.limit]
-    if len(names) < 4:
-        fail(f"{args.images} holds {len(names)} images; at least 4 are needed")
+    if len(names) < 16 or args.probe < 4:
+        fail(f"{args.images} holds {len(names)} images and --probe is {args.probe}; at least 16 and 4 are needed")
     backbone = Backbone(args.backbone, args.preset, args.device, getattr(torch, args.dtype))
     reward = Reward(args.reward, args.preset, args.device)
     null = encode_prompts(backbone, [""])

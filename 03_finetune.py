@@ -26,8 +26,8 @@ from common import (Backbone, Reward, Stitch, StitchedValue, add_noise, fail, ge
                     save_artifact, save_table, stage_parser)
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
-PRESETS = {"mini": dict(steps=1500, batch=64, lr=5e-4, warmup=50, schedule="cosine", ema=0.0, captions="tests/mini/data/train_captions.json"),
-           "24gb": dict(steps=4000, batch=16, lr=1e-5, warmup=100, schedule="constant", ema=0.0),
+PRESETS = {"mini": dict(epochs=12, batch=64, lr=5e-4, warmup=50, schedule="cosine", ema=0.0, captions="tests/mini/data/train_captions.json"),
+           "24gb": dict(epochs=5, batch=16, lr=1e-5, warmup=100, schedule="constant", ema=0.0),
            "paper": dict(epochs=5, batch=128, lr=1e-5, warmup=100, schedule="constant", ema=0.0)}
 
 
@@ -38,8 +38,8 @@ def parse_args(argv=None):
     p.add_argument("--embedding", choices=("mean", "unit"), default="mean", help="what the stitched embedding estimates [D14]")
     p.add_argument("--sigma-law", choices=("logit-normal", "uniform"), default="logit-normal", help="[D2]")
     p.add_argument("--lam-tok", type=float, default=1.0, help="weight of the token loss (78)")
-    p.add_argument("--steps", type=int, help="optimiser steps (overrides --epochs)")
     p.add_argument("--epochs", type=float, help="passes over the cached images (App. D.1: 5; VAE stitch: 15)")
+    p.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
     p.add_argument("--batch", type=int)
     p.add_argument("--lr", type=float, help="of the tail; the stitching layer gets --stitch-lr times as much")
     p.add_argument("--stitch-lr", type=float, default=5.0)
@@ -75,10 +75,10 @@ def aesthetic_loss(e, h, score, e_rm, h_rm, score_rm):
 
 
 def noisyclip_loss(e, text, scale):
-    """Symmetric contrastive loss of unit embeddings (B, E) of noisy latents against the frozen text tower's (B, E); equal texts are matches."""
-    logits = scale * e @ text.T
-    same = ((text @ text.T) > 1 - 1e-5).float()
-    loss = -0.5 * sum((same / same.sum(1, keepdim=True) * m.log_softmax(1)).sum(1).mean() for m in (logits, logits.T))
+    """Symmetric contrastive loss of unit embeddings (B, E) of noisy latents against the frozen text tower's (B, E); an equal text is no negative."""
+    same = ((text @ text.T) > 1 - 1e-5) & ~torch.eye(len(text), dtype=torch.bool, device=text.device)
+    logits, label = (scale * e @ text.T).masked_fill(same, -math.inf), torch.arange(len(text), device=text.device)
+    loss = 0.5 * (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label))
     return loss, {"contrastive": loss}
 
 
@@ -169,8 +169,10 @@ def main(args):
     draw, start, rows, seconds = generator(args.seed, "train"), 0, [], 0.0
     average = {k: v.clone() for k, v in model.trained_state().items()} if args.ema else None
     running = path.with_suffix(".train")
+    must_agree = {"stitch": stitch["id"], "steps": steps} | {k: getattr(args, k) for k in (
+        "seed", "front", "objective", "embedding", "sigma_law", "lam_tok", "batch", "lr", "stitch_lr", "warmup", "schedule", "ema", "log_every")}
     if args.resume:
-        saved = load_artifact(running, {"stitch": stitch["id"], "front": args.front, "steps": steps}, "03_finetune.py")["data"]
+        saved = load_artifact(running, must_agree, "03_finetune.py")["data"]
         model.load_state_dict(saved["state"], strict=False), optimizer.load_state_dict(saved["optimizer"]), draw.set_state(saved["draw"].clone())
         start, rows, seconds = saved["step"], saved["rows"], saved["seconds"]
         average = {k: v.clone() for k, v in saved["average"].items()} if args.ema else None
@@ -184,12 +186,11 @@ def main(args):
           f"({frozen:,} frozen in the backbone); {len(data)} images x {steps * args.batch / len(data):.1f} epochs = {steps} steps of {args.batch}")
 
     def checkpoint(step):
-        spec = {"stitch": stitch["id"], "front": args.front, "steps": steps}
         with replacing(running) as temporary:
-            torch.save(dict(format=1, spec=spec, provenance=dict(command="03_finetune.py"), data=dict(
+            torch.save(dict(format=1, spec=must_agree, provenance=dict(command="03_finetune.py"), data=dict(
                 state=model.trained_state(), optimizer=optimizer.state_dict(), draw=draw.get_state(), step=step, rows=rows, seconds=seconds, average=average)), temporary)
 
-    began, bad, sums, bar = time.time(), torch.zeros((), dtype=torch.bool, device=device), {}, tqdm(range(start, steps), initial=start, total=steps, desc="finetune")
+    began, logged, bad, sums, bar = time.time(), start, torch.zeros((), dtype=torch.bool, device=device), {}, tqdm(range(start, steps), initial=start, total=steps, desc="finetune")
     for step in bar:
         index = torch.randint(len(data), (args.batch,), generator=draw)
         t, eps = sample_sigma(args.batch, args.sigma_law, draw), torch.randn(args.batch, *z0.shape[1:], generator=draw)
@@ -219,16 +220,16 @@ def main(args):
         bad |= ~loss.detach().isfinite()  # no host-device sync inside the loop: looked at when a line is logged
         for k, v in {"loss": loss, **parts}.items():
             sums[k] = sums.get(k, 0) + v.detach()
-        last = step + 1 == steps
-        if (step + 1) % args.log_every == 0 or last:
+        save = (step + 1) % args.save_every == 0 or step + 1 == steps
+        if (step + 1) % args.log_every == 0 or save:  # a checkpoint is written only after the loss was found finite
             if bad:
                 fail(f"the loss became NaN or infinite before step {step + 1}; the last good state is {running if running.exists() else 'the stitch'}; lower --lr and use --resume or start again")
             seconds, began = seconds + time.time() - began, time.time()
-            count = (step + 1 - start) % args.log_every or min(args.log_every, step + 1 - start)
+            count, logged = step + 1 - logged, step + 1
             rows.append(dict(step=step + 1, seconds=round(seconds, 2), **{k: float(v) / count for k, v in sums.items()}))
             sums = {}
             bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}")
-        if (step + 1) % args.save_every == 0 or last:
+        if save:
             if args.objective == "distill":
                 rows[-1].update(validate(model, reward, z0, target, noise))
                 tqdm.write(f"step {step + 1}/{steps}  loss {rows[-1]['loss']:.4f}  " + "  ".join(f"{k} {rows[-1][k]:.4f}" for k in rows[-1] if k.startswith("val_")))

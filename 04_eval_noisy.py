@@ -43,6 +43,7 @@ def parse_args(argv=None):
     p.add_argument("--mc-images", type=int, default=40, help="images of the first benchmark for Monte Carlo; value_mse_shared compares all methods on them")
     p.add_argument("--rollouts", type=int, default=32, help="rollouts per noisy latent; all of them together are the reference value")
     p.add_argument("--rollout-steps", type=int, default=20, help="steps of the full grid from 1 to 0; a rollout uses the nodes below its sigma")
+    p.add_argument("--methods", nargs="+", default=["stitchvm", "vae-stitch", "noisyclip", "tweedie", "mc"], choices=("stitchvm", "vae-stitch", "noisyclip", "tweedie", "mc"))
     p.add_argument("--batch", type=int)
     p.add_argument("--value", help="value model to evaluate as 'stitchvm' (default: value.pt in --out)")
     return parse_stage(p, PRESETS, argv)
@@ -136,7 +137,7 @@ def ava_set(folder):
     """Files and mean votes of AVA's test images."""
     votes = {r[1]: np.array(r[2:12], float) for r in (line.split() for line in need(Path(folder) / "AVA.txt", "AVA's votes, 15 columns").read_text().splitlines())}
     names = need(Path(folder) / "test.jpgl", "the list of test image ids, one a line").read_text().split()
-    return dict(kind="ava", files=[find(folder, f"{n}{s}", "test.jpgl") for n in names for s in (".jpg", ".png") if (Path(folder) / "images" / f"{n}{s}").exists()],
+    return dict(kind="ava", files=[find(folder, f"{n}.png" if (Path(folder) / "images" / f"{n}.png").exists() else f"{n}.jpg", "test.jpgl") for n in names],
                 captions=[[] for _ in names], votes=torch.tensor([votes[n] @ np.arange(1, 11) / votes[n].sum() for n in names]))
 
 
@@ -152,7 +153,7 @@ def load_benchmarks(args, reward):
         fail(f"no benchmark for {args.reward}: pass --coco or --flickr30k (CLIP), --hpdv2 or --imagereward (HPSv2), --ava (Aesthetic)")
     for s in sets.values():
         if args.limit and "sizes" in s:
-            prompts = max(1, args.limit // s["sizes"][0])
+            prompts = max(1, int((np.cumsum(s["sizes"]) <= args.limit).sum()))
             s["sizes"], s["ranks"] = s["sizes"][:prompts], s["ranks"][:prompts]
         n = sum(s["sizes"]) if "sizes" in s else args.limit
         s["files"], s["captions"] = s["files"][:n], s["captions"][:n]
@@ -253,12 +254,15 @@ def main(args):
     methods, parents = {}, []
     for name, file, how in (("stitchvm", args.value or Path(args.out) / "value.pt", None), ("vae-stitch", Path(args.out) / "value_vae.pt", "--front vae"),
                             ("noisyclip", Path(args.out) / "value_noisyclip.pt", "--objective noisyclip")):
+        if name not in args.methods:
+            continue
         if how and not Path(file).exists():
             print(f"warning: no {name} rows, {file} does not exist; make it with: python 03_finetune.py {how} --out {args.out}")
             continue
         methods[name], artifact = load_value(file, backbone, reward, {"resolution": args.resolution})
         parents.append(dict(stage=artifact["stage"], id=artifact["id"], method=name))
-    methods["tweedie"] = Tweedie(backbone, reward, null)
+    if "tweedie" in args.methods:
+        methods["tweedie"] = Tweedie(backbone, reward, null)
     grid = backbone.grid(args.rollout_steps, torch.zeros(1, 1, args.resolution // 8, args.resolution // 8))
 
     rows, figures = [], {}
@@ -271,7 +275,7 @@ def main(args):
         value = lambda e: (e.to(device) @ text.T.to(device)).cpu() if reward.uses_text else reward.score(e.to(device)).cpu()  # (n, m) or (n,)
         quality = lambda e: e.cpu() if reward.uses_text else value(e)
         first = bench_name == next(iter(benches))
-        sub = min(args.mc_images, len(files)) if first else 0
+        sub = min(args.mc_images, len(files)) if first and "mc" in args.methods else 0
         if "sizes" in bench and sub:  # whole lists only
             ends = np.cumsum(bench["sizes"])
             sub = int(ends[ends <= sub].max(initial=bench["sizes"][0]))
@@ -306,7 +310,9 @@ def main(args):
                     about["value_mse_shared"] = float(error.mean())
                     if name != f"mc-{args.rollouts}":
                         gap = value(draws[0][:sub]) - reference[0]
-                        about["reference_bias"], about["reference_mse"] = float(gap.mean()), float(gap.square().mean() - reference[1])
+                        # E gap^2 = (V - V*)^2 + var(reference); an mc-n is part of the reference, which takes the same amount away instead
+                        about["reference_bias"] = float(gap.mean())
+                        about["reference_mse"] = float(gap.square().mean()) + (reference[1] if name.startswith("mc-") else -reference[1])
                 if name.startswith("mc-"):
                     about["rollout_steps"] = steps
                 results = [measure(bench, quality(e), text, subset=own < len(files)) for e in draws]

@@ -71,10 +71,13 @@ def model_folder(name, preset):
     """The folder that a model name stands for: a path, or the world's model of that name; None if it is neither."""
     if Path(name).is_dir():
         return Path(name)
-    folder = ROOT / WORLDS[preset]["models"] / name if preset in WORLDS else None
-    if folder and not folder.is_dir():
-        fail(f"{folder} does not exist; --preset {preset} knows the models " + ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/*.json"))))
-    return folder
+    if preset not in WORLDS:
+        return None
+    models = ROOT / WORLDS[preset]["models"]
+    if not (models / name).is_dir():
+        known = sorted(p.parent.name for kind in ("model_index.json", "open_clip_config.json") for p in models.glob(f"*/{kind}"))
+        fail(f"there is no {name}: --preset {preset} knows {', '.join(known)}; anything else must be a folder")
+    return models / name
 
 
 def generator(*seed):

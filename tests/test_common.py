@@ -298,7 +298,7 @@ def test_reward_is_loaded_as_open_clip_loads_it(reward, clip_folder):
     images = torch.stack([smooth_image(64, 64, k) for k in range(2)])
     pixels = torch.stack([transform(Image.fromarray(i.permute(1, 2, 0).numpy())) for i in images])
     torch.testing.assert_close(reward.embed(images / 255)[0], model.eval().encode_image(pixels), atol=1e-5, rtol=0)
-    prompts = ["a red circle", "two small blue stars on a white background"]
+    prompts = ["two small blue stars on a white background", "a red circle"]
     e = reward.encode_text(prompts, batch=1)
     torch.testing.assert_close(e, model.encode_text(train.tokenise(prompts), normalize=True), atol=1e-6, rtol=0)
     torch.testing.assert_close(e.norm(dim=-1), torch.ones(2))
@@ -712,7 +712,8 @@ def test_a_truncated_file_is_refused(saved, keep):
     assert "cannot be read" in refused(path)
 
 
-@pytest.mark.parametrize("content", [[1, 2], dict(spec={}), argparse.Namespace(spec={})], ids=["list", "half a dict", "pickled class"])
+@pytest.mark.parametrize("content", [[1, 2], dict(spec={}), dict(format=common.FORMAT, spec={}, provenance=dict(command=""), data=argparse.Namespace())],
+                         ids=["list", "half a dict", "pickled class"])
 def test_a_foreign_file_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "stitch.pt")
     assert "cannot be read" in refused(tmp_path / "stitch.pt")

@@ -119,7 +119,7 @@ def test_misuse_is_answered_in_one_sentence(clip_run, tmp_path):
     message = refusal(run("02_fit_stitch.py", "--reward", "hpsv2", out=clip_run, ok=False))
     assert all(s in message for s in ("does not fit", "clip", "hpsv2", "01_cache_features.py"))
     assert "python 01_cache_features.py" in refusal(run("02_fit_stitch.py", out=tmp_path, ok=False))
-    assert "no such-model" in refusal(run("01_cache_features.py", "--backbone", "no such-model", out=tmp_path, ok=False))
+    assert "there is no sd4" in refusal(run("01_cache_features.py", "--backbone", "sd4", out=tmp_path, ok=False))
     assert "--images" in refusal(run("01_cache_features.py", "--images", tmp_path / "nowhere", out=tmp_path, ok=False))
     assert "i runs to 8" in refusal(run("02_fit_stitch.py", "--i", "99", out=clip_run, ok=False))
     (tmp_path / "value.pt").write_bytes((clip_run / "value.pt").read_bytes()[:5000])
