@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from common import add_noise, fail, load_artifact, parse_stage, print_table, replacing, resample, save_artifact, save_table, stage_parser, to_tokens
 
-PRESETS = {"mini": {}, "24gb": {}, "paper": {}}
+PRESETS = {"mini": dict(rank_by="relative"), "24gb": dict(rank_by="relative"), "paper": dict(rank_by="raw")}
 
 
 def parse_args(argv=None):
     p = stage_parser(__doc__, PRESETS)
-    p.add_argument("--rank-by", choices=("raw", "relative"), default="raw", help="loss that chooses (i, j): the paper's, or relative to the target's variance")
+    p.add_argument("--rank-by", choices=("raw", "relative"), help="loss that chooses (i, j): the paper's, or relative to the target's variance")
     p.add_argument("--i", type=int, help="stitch after this diffusion block instead of the best one")
     p.add_argument("--j", type=int, help="stitch before this reward block instead of the best one")
     p.add_argument("--rcond", type=float, default=1e-6, help="singular values below rcond times the largest are cut")

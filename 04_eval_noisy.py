@@ -86,7 +86,7 @@ def spearman(a, b):
 
 
 def calibration(v, r):
-    """Mean and spread of values v against rewards r, and the slope of r regressed on v: 1 where v is a conditional mean."""
+    """Mean and spread of values v against rewards r, all pairs of image and text, and the slope of r regressed on v: 1 for a conditional mean."""
     centred = v - v.mean()
     return dict(mean_v=float(v.mean()), mean_r=float(r.mean()), std_v=float(v.std()), std_r=float(r.std()),
                 slope=float((centred * r).mean() / centred.square().mean().clamp(min=1e-12)))
@@ -303,8 +303,10 @@ def main(args):
             for name, draws in estimates.items():
                 own = sub if name.startswith("mc-") else len(files)
                 errors = torch.stack([(value(e) - r[:own]).square().flatten(1).mean(1) if reward.uses_text else (value(e) - r[:own]).square() for e in draws]).mean(0)
-                matched = lambda v: v[torch.arange(own), bench["own"][:own]] if reward.uses_text else v
-                about = dict(value_mse=float(errors.mean()), value_mse_se=float(errors.std() / own ** 0.5), **calibration(matched(value(draws[0])), matched(r[:own])))
+                about = dict(value_mse=float(errors.mean()), value_mse_se=float(errors.std() / own ** 0.5), **calibration(value(draws[0]), r[:own]))
+                if reward.uses_text:
+                    matched = lambda v: float(v[torch.arange(own), bench["own"][:own]].mean())
+                    about["matched_v"], about["matched_r"] = matched(value(draws[0])), matched(r[:own])
                 if reference is not None:
                     error = (value(draws[0][:sub]) - r[:sub]).square()
                     about["value_mse_shared"] = float(error.mean())

@@ -196,12 +196,13 @@ class Backbone:
 
     def __init__(self, name, preset="mini", device="cpu", dtype=torch.float32, vae=True, transformer=True):
         import diffusers
+        diffusers.utils.logging.disable_progress_bar()
         self.name, self.device, self.dtype = name, torch.device(device), dtype
         self.source = str(model_folder(name, preset) or HUB.get(name, name))
         try:
             index = diffusers.DiffusionPipeline.load_config(self.source)
             cls = getattr(diffusers, index["transformer"][1])
-            load = lambda cls, part, dtype: cls.from_pretrained(self.source, subfolder=part, torch_dtype=dtype).to(device).eval().requires_grad_(False)
+            load = lambda cls, part, dtype: cls.from_pretrained(self.source, subfolder=part, dtype=dtype).to(device).eval().requires_grad_(False)
             self.transformer = load(cls, "transformer", dtype) if transformer else None
             self.vae = load(diffusers.AutoencoderKL, "vae", torch.float32) if vae else None
             self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(self.source, subfolder="scheduler")
@@ -237,9 +238,11 @@ class Backbone:
 def encode_prompts(backbone, prompts, batch=32):
     """(text (N, T, D), pooled (N, P)) of the prompts by the pipeline's own text encoders, which are loaded for it and freed."""
     import diffusers
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
     index = diffusers.DiffusionPipeline.load_config(backbone.source)
     absent = {k: None for k, v in index.items() if isinstance(v, (list, tuple)) and v[0] is None}  # trap: these must be passed again
-    pipe = diffusers.DiffusionPipeline.from_pretrained(backbone.source, transformer=None, vae=None, torch_dtype=backbone.dtype, **absent).to(backbone.device)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(backbone.source, transformer=backbone.transformer, vae=None, dtype=backbone.dtype, **absent).to(backbone.device)
     t5 = getattr(pipe, "tokenizer_3", None) or pipe.tokenizer_2
     flux = "Flux" in type(pipe).__name__
     length = min(512 if flux else 256, t5.model_max_length)
@@ -289,14 +292,18 @@ class Reward:
         H, W = x.shape[-2:]
         if mode == "squash":
             h, w = s, s
+        elif mode == "shortest":  # the roundings are torchvision's
+            h, w = s * H // min(H, W), s * W // min(H, W)
         else:
-            ratio = s / (min if mode == "shortest" else max)(H, W)
-            h, w = round(H * ratio), round(W * ratio)
+            ratio = max(H, W) / s
+            h, w = round(H / ratio), round(W / ratio)
         if (h, w) != (H, W):  # PIL antialiases; the clamp stands for its uint8 range, which bicubic overshoots
-            x = F.interpolate(x, (h, w), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        top, left = (h - s) // 2, (w - s) // 2
+            kind = "bilinear" if self.preprocess_cfg.interpolation == "bilinear" else "bicubic"
+            x = F.interpolate(x, (h, w), mode=kind, antialias=True, align_corners=False).clamp(0, 1)
         if mode == "longest":
-            return F.pad(x, (-left, s - w + left, -top, s - h + top), value=self.preprocess_cfg.fill_color / 255)
+            top, left = (s - h) // 2, (s - w) // 2
+            return F.pad(x, (left, s - w - left, top, s - h - top), value=self.preprocess_cfg.fill_color / 255)
+        top, left = round((h - s) / 2), round((w - s) / 2)
         return x[..., top:top + s, left:left + s]
 
     def normalise(self, x):
@@ -473,15 +480,18 @@ def list_images(folder):
 def read_image(path):
     """Any image file as a PIL image in RGB: EXIF rotation applied, alpha laid on white, 16-bit grey reduced to 8. Raises OSError or ValueError."""
     from PIL import Image, ImageOps
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # trap: convert("RGB") would clip 16-bit values at 255
-            grey = np.asarray(image).astype(np.float64)
-            image = Image.fromarray((grey / (65535 if grey.max() > 255 else 255) * 255).round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # trap: convert("RGB") would clip 16-bit values at 255
+                grey = np.asarray(image).astype(np.float64)
+                image = Image.fromarray((grey / (65535 if "16" in image.mode or grey.max() > 255 else 255) * 255).round().astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (SyntaxError, Image.DecompressionBombError) as e:  # what PIL raises for a broken PNG chunk and for a bomb
+        raise OSError(f"{path}: {e}") from e
 
 
 def square(image, size):
@@ -515,8 +525,11 @@ def replacing(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_artifact(path, stage, args, spec, data, parents=()):

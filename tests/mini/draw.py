@@ -353,7 +353,7 @@ def preference(image, prompt):
 
 
 def ranked_group(rng, split, size):
-    """(prompt, images, ranks): one prompt with `size` images, some wrong, some damaged; rank 1 is best, ties share a rank."""
+    """(prompt, images, ranks): one prompt with `size` images, some wrong, some damaged; rank 1 is best."""
     scene = sample_split(rng, split)
     prompt, images, scores = caption(scene, int(rng.integers(5))), [], []
     for k in range(size):
@@ -366,8 +366,13 @@ def ranked_group(rng, split, size):
             image = damage(rng, image, str(rng.choice(DAMAGES)), rng.random(), placed)
         images.append(image)
         scores.append(preference(image, prompt) + rng.normal(0, 0.01))  # people are not quite sure
-    order = np.argsort(np.argsort(-np.round(np.array(scores), 3)))
-    return prompt, images, [int(o) + 1 for o in order]
+    return prompt, images, ranks(scores)
+
+
+def ranks(scores):
+    """1 for the best score; no ties: people's lists of HPDv2 order every image."""
+    order = np.argsort(np.argsort(-np.asarray(scores), kind="stable"), kind="stable")
+    return [int(o) + 1 for o in order]
 
 
 def aesthetic(image):
@@ -448,14 +453,14 @@ def write_benchmarks(out, train_images=8000, seed=0):
             rows = []
             for g in range(groups):
                 size = 4 if name == "hpdv2" else int(rng.integers(4, 8))
-                prompt, images, ranks = ranked_group(rng, split, size)
+                prompt, images, order = ranked_group(rng, split, size)
                 paths = [f"{g:05d}_{k}.png" for k in range(size)]
                 for image, path in zip(images, paths):
                     _save(image, root / name / ("test" if name == "hpdv2" else "test_images") / path)
                 if name == "hpdv2":
-                    rows.append(dict(prompt=prompt, image_path=paths, rank=ranks, raw_annotations=[]))
+                    rows.append(dict(prompt=prompt, image_path=paths, rank=order, raw_annotations=[]))
                 else:  # ImageReward's lists have ties, which its accuracy leaves out
-                    rows.append(dict(id=f"{g:06d}", prompt=prompt, generations=[f"test_images/{p}" for p in paths], ranking=[-(-r // 2) for r in ranks]))
+                    rows.append(dict(id=f"{g:06d}", prompt=prompt, generations=[f"test_images/{p}" for p in paths], ranking=[-(-r // 2) for r in order]))
             dump(root / name / "test.json", rows)
 
         rows = []

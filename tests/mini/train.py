@@ -154,18 +154,22 @@ def train_vae(work):
 # ---------------------------------------------------------------------------- text
 def tokenizer():
     """CLIP's own tokenizer class over this world's words: every word is one token, anything else is spelt out."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from collections import Counter
+
     from transformers import CLIPTokenizer
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789,.")
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="!"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator(draw.WORDS, trainers.BpeTrainer(vocab_size=9999, min_frequency=1, end_of_word_suffix="</w>",
-                                                            initial_alphabet=letters, show_progress=False))
-    model = json.loads(bpe.to_str())["model"]
-    names = ["!", *dict.fromkeys([*model["vocab"], *(c + "</w>" for c in letters)]), "<|startoftext|>", "<|endoftext|>"]
+    # the merges are learnt here: the tokenizers library's trainer breaks ties by hash order, so its ids differ from call to call
+    words, merges = [[*w[:-1], w[-1] + "</w>"] for w in draw.WORDS], []
+    while any(len(w) > 1 for w in words):
+        counts = Counter(pair for w in words for pair in zip(w, w[1:]))
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        for w in words:
+            for k in range(len(w) - 2, -1, -1):
+                if tuple(w[k:k + 2]) == merges[-1]:
+                    w[k:k + 2] = ["".join(merges[-1])]
     # open_clip pools at the highest id, so the end token comes last; padding is id 0, as in open_clip
-    return CLIPTokenizer(vocab={n: k for k, n in enumerate(names)}, merges=[tuple(m) for m in model["merges"]],
-                         model_max_length=TEXT_LENGTH, pad_token="!")
+    names = ["!", *letters, *(c + "</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={n: k for k, n in enumerate(names)}, merges=merges, model_max_length=TEXT_LENGTH, pad_token="!")
 
 
 # ---------------------------------------------------------------------------- CLIP models
@@ -229,6 +233,16 @@ def train_clip(work, steps=1200):
 
     clip = build_clip(config)
     clip, minutes = fit("clip", work, clip, loss_fn, steps, 1e-3, weight_decay=0.05)
+    with torch.no_grad():  # then the text tower alone, against the image tower's embeddings, which are made once
+        e = torch.cat([clip.encode_image(pixels(i), normalize=True) for i in images.split(500)])
+    text = torch.nn.ModuleList([clip.token_embedding, clip.transformer, clip.ln_final]).requires_grad_(True)
+
+    def text_loss(step, generator):
+        k = pick(generator, len(images), 256)
+        logits = clip.logit_scale.exp() * e[k] @ clip.encode_text(tokens[k], normalize=True).T
+        return 0.5 * (F.cross_entropy(logits, torch.arange(256)) + F.cross_entropy(logits.T, torch.arange(256)))
+
+    minutes += fit("clip-text", work, text, text_loss, 1000, 1e-3)[1]
     save_clip(clip, config, HERE / "clip")
     return minutes
 
@@ -344,7 +358,7 @@ def generated_groups(work, seed, groups, size=4):
             images.append(four)
             for prompt, group in zip(part, four.permute(0, 1, 3, 4, 2).numpy()):
                 score = np.array([draw.preference(i, prompt) for i in group])
-                ranks.append((np.argsort(np.argsort(-score.round(3))) + 1).tolist())
+                ranks.append(draw.ranks(score))
         torch.save((torch.cat(images), tokenise(prompts), torch.tensor(ranks)), path)
     return torch.load(path, weights_only=True)
 
@@ -382,7 +396,7 @@ def train_aesthetic(work, steps=4000):
 
 # ---------------------------------------------------------------------------- generators
 MEDIUM = dict(name="sd3.5-medium", num_layers=8, width=128, dual=4)
-EARLY = 2000  # steps after which a copy is kept, to generate imperfect images for hpsv2
+EARLY = 1500  # steps after which a copy is kept, to generate imperfect images for hpsv2
 
 
 def build_generator(size):
@@ -411,7 +425,7 @@ def encode_text(text, tokens):
 
 def load_vae(work):
     from diffusers import AutoencoderKL
-    return AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+    return AutoencoderKL.from_pretrained(work / "vae", dtype=torch.float32).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -433,10 +447,10 @@ def sample(transformer, text, vae, prompts, cfg, steps, seed):
     return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def train_generator(work, size=MEDIUM, steps=8000, batch=48):
+def train_generator(work, size=MEDIUM, steps=5000, batch=48):
     torch.manual_seed(4)
     vae = load_vae(work)
-    images, captions = scenes(40000, 4)
+    images, captions = scenes(30000, 4)
     tokens, null = tokenise(captions), tokenise([""])
     with torch.no_grad():
         z0 = torch.cat([(vae.encode(signed(i)).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor for i in images.split(200)])
@@ -514,7 +528,7 @@ def quality(work):
 
     generators = [f.parent for f in sorted(HERE.glob("*/model_index.json"))]
     with torch.no_grad():
-        vae = AutoencoderKL.from_pretrained(generators[0], subfolder="vae", torch_dtype=torch.float32).eval()
+        vae = AutoencoderKL.from_pretrained(generators[0], subfolder="vae", dtype=torch.float32).eval()
         x = signed(images)
         y = torch.cat([vae.decode(vae.encode(b).latent_dist.mean).sample.clamp(-1, 1) for b in x.split(100)])
         psnr = -10 * ((x - y) / 2).square().flatten(1).mean(1).log10()
@@ -536,9 +550,9 @@ def quality(work):
     prompts = (data / "drawbench.txt").read_text().splitlines()
     geneval = [json.loads(line) for line in (data / "geneval.jsonl").read_text().splitlines()]
     for folder in generators:
-        transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).eval()
+        transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=torch.float32).eval()
         text = [CLIPTextModelWithProjection.from_pretrained(folder, subfolder=s, dtype=torch.float32).eval() for s in ("text_encoder", "text_encoder_2")]
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).eval()
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32).eval()
         row = table[folder.name] = {"parameters": count(transformer) + sum(map(count, text))}
         for cfg in (1.0, 4.5):
             shown = sample(transformer, text, vae, prompts, cfg, 28, seed=0).permute(0, 2, 3, 1).numpy()
