@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import add_noise, fail, load_artifact, parse_stage, print_table, replacing, resample, save_artifact, save_table, stage_parser, to_tokens
+from common import add_noise, fail, load_artifact, parse_stage, print_table, resample, save_artifact, save_figure, save_table, stage_parser, to_tokens
 
 PRESETS = {"mini": dict(rank_by="relative"), "24gb": dict(rank_by="relative"), "paper": dict(rank_by="raw")}
 
@@ -50,8 +50,6 @@ def stitch_loss(W, b, F, G):
 
 
 def draw_grid(rows, chosen, path):
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     I, J = (sorted({r[k] for r in rows}) for k in "ij")
     value = {(r["i"], r["j"]): r["relative_loss"] for r in rows}
@@ -64,10 +62,7 @@ def draw_grid(rows, chosen, path):
     axis.set(xticks=range(len(J)), xticklabels=J, yticks=range(len(I)), yticklabels=["VAE" if i == 0 else i for i in I],
              xlabel="reward block j", ylabel="diffusion block i", title="stitch residual / target variance\n(held-out images; red: chosen)")
     figure.colorbar(shown)
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    print(f"wrote {path}")
+    save_figure(figure, path)
 
 
 def main(args):

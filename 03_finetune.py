@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (Backbone, Reward, Stitch, StitchedValue, add_noise, fail, generator, load_artifact, parse_stage, print_table, replacing,
-                    save_artifact, save_table, stage_parser)
+                    save_artifact, save_figure, save_table, stage_parser)
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 PRESETS = {"mini": dict(epochs=12, batch=64, lr=5e-4, warmup=50, schedule="cosine", ema=0.0, captions="tests/mini/data/train_captions.json"),
@@ -247,8 +247,6 @@ def main(args):
 
 
 def curve(rows, path):
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     for k in rows[0]:
@@ -261,10 +259,7 @@ def curve(rows, path):
     right.set(xlabel="step", title="held-out images: |e - e_RM|^2")
     for axis in (left, right):
         axis.legend(fontsize=8)
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    print(f"wrote {path}")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

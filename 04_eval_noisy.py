@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (Backbone, Reward, add_noise, broadcast, encode_prompts, fail, generator, load_value, parse_stage, print_table, read_image,
-                    replacing, save_table, square, stage_parser, tweedie)
+from common import (Backbone, Reward, add_noise, encode_prompts, fail, generator, load_value, parse_stage, print_table, read_image,
+                    save_figure, save_table, square, stage_parser, tweedie)
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MINI = {name: f"tests/mini/data/{name}" for name in ("coco", "flickr30k", "hpdv2", "imagereward", "ava")}
@@ -265,7 +265,7 @@ def main(args):
         methods["tweedie"] = Tweedie(backbone, reward, null)
     grid = backbone.grid(args.rollout_steps, torch.zeros(1, 1, args.resolution // 8, args.resolution // 8))
 
-    rows, figures = [], {}
+    rows = []
     for bench_name, bench in benches.items():
         files = bench["files"]
         x = torch.stack([square(read_image(f), args.resolution) for f in files])
@@ -324,12 +324,11 @@ def main(args):
         if first:
             costs = measure_cost(methods, backbone, reward, null, z0[:min(32, len(z0))], grid, args)
     for row in rows:
-        if row["method"] in ("clean", "constant"):
-            row.update(ms_per_value=None, gflop_per_value=None)
+        name, sigma = row["method"], row["sigma"]
+        if name.startswith("mc-"):  # N rollouts cost N times one
+            row.update({k: int(name[3:]) * v for k, v in costs["mc", sigma].items()})
         else:
-            row.update(costs[row["method"] if not row["method"].startswith("mc-") else "mc", row["sigma"]] if not row["method"].startswith("mc-") else
-                       {k: v * int(row["method"][3:]) for k, v in costs["mc", row["sigma"]].items()})
-    for row in rows:
+            row.update(costs.get((name, sigma), dict(ms_per_value=None, gflop_per_value=None)))
         if row["metric"] == "srcc" and row["value"] is not None:
             row["value_se"] = (1 - row["value"] ** 2) / (row["n"] - 1) ** 0.5
     print_table(rows, ("method", "benchmark", "sigma", "metric", "value", "value_se", "n", "value_mse", "value_mse_shared", "reference_mse", "slope", "ms_per_value", "gflop_per_value"))
@@ -359,8 +358,6 @@ COLOURS = {"stitchvm": "tab:red", "vae-stitch": "tab:blue", "noisyclip": "tab:gr
 
 
 def draw_quality(rows, bench, path, title):
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = [r for r in rows if r["benchmark"] == bench]
     metrics = list(dict.fromkeys(r["metric"] for r in rows))
@@ -383,15 +380,10 @@ def draw_quality(rows, bench, path, title):
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    print(f"wrote {path}")
+    save_figure(figure, path)
 
 
 def draw_cost(rows, path, title):
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(SIGMAS), figsize=(3.2 * len(SIGMAS), 3.4), sharex=True)
     for axis, sigma in zip(axes, SIGMAS):
@@ -406,13 +398,11 @@ def draw_cost(rows, path, title):
         if "constant" in seen:
             axis.axhline(seen["constant"]["value_mse_shared"], ls=":", color="gray")
         axis.set(title=f"sigma {sigma}", xscale="log", yscale="log", xlabel="ms per value")
+        axis.margins(0.25)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("(V - r)^2; dotted: constant")
     figure.suptitle(title)
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    print(f"wrote {path}")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -452,7 +452,6 @@ class StitchedValue(nn.Module):
 
 def load_value(path, backbone, reward, expect=None):
     """The StitchedValue of a value.pt for this reward, on the latents of this backbone's VAE (its own front model may be another backbone)."""
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel  # noqa: F401  (registers the classes the front may need)
     value = load_artifact(path, {"latent_space": backbone.latent_space(), "reward": reward.name, **(expect or {})}, "03_finetune.py")
     spec, data = value["spec"], value["data"]
     front = backbone if spec["backbone"] == backbone.name or spec["front"] == "vae" else Backbone(spec["backbone"], value["config"]["preset"], backbone.device, backbone.dtype, vae=False)
@@ -577,3 +576,11 @@ def print_table(rows, keys):
     width = [max(len(c[n]) for c in cells) for n in range(len(keys))]
     for c in cells:
         print("  ".join(v.rjust(w) for v, w in zip(c, width)))
+
+
+def save_figure(figure, path):
+    """A matplotlib figure as a PNG. """
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    print(f"wrote {path}")

@@ -447,7 +447,7 @@ def sample(transformer, text, vae, prompts, cfg, steps, seed):
     return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def train_generator(work, size=MEDIUM, steps=5000, batch=48):
+def train_generator(work, size=MEDIUM, steps=8000, batch=48):
     torch.manual_seed(4)
     vae = load_vae(work)
     images, captions = scenes(30000, 4)
