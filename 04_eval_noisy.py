@@ -187,19 +187,19 @@ def measure(bench, e, text, subset=None):
     return {"imagereward_accuracy": counts}
 
 
-def summary(draws, name):
-    """Mean and standard error over units (images, captions, prompts), each averaged over the noise draws first."""
-    if name == "srcc":
+def summary(draws, metric, n):
+    """Mean and standard error of a metric over its units (images, captions, prompts), each averaged over the noise draws first."""
+    if metric == "srcc":
         if None in draws:
-            return None, None, None
+            return None, None
         rho = float(np.mean(draws))
-        return rho, None, None
+        return rho, (1 - rho ** 2) / (n - 1) ** 0.5  # the large-sample error of a correlation
     units = torch.stack(draws).double().mean(0)
-    if name == "imagereward_accuracy":  # pooled over pairs; the error treats prompts as the independent units (ratio estimator)
+    if metric == "imagereward_accuracy":  # pooled over pairs; the error treats prompts as the independent units (ratio estimator)
         value = units[:, 0].sum() / units[:, 1].sum()
         residual = units[:, 0] - value * units[:, 1]
-        return float(value), float(residual.std() * len(units) ** 0.5 / units[:, 1].sum()), len(units)
-    return float(units.mean()), float(units.std() / len(units) ** 0.5), len(units)
+        return float(value), float(residual.std() * len(units) ** 0.5 / units[:, 1].sum())
+    return float(units.mean()), float(units.std() / len(units) ** 0.5)
 
 
 # ---- estimators
@@ -267,74 +267,84 @@ def main(args):
 
     rows = []
     for bench_name, bench in benches.items():
-        files = bench["files"]
-        x = torch.stack([square(read_image(f), args.resolution) for f in files])
+        x = torch.stack([square(read_image(f), args.resolution) for f in bench["files"]])
         z0 = torch.cat([backbone.encode_image(b.float() / 255) for b in x.split(args.batch)])
         e_rm = torch.cat([F.normalize(reward.embed(b.to(device).float() / 255)[0], dim=-1) for b in x.split(args.batch)])
-        text = reward.encode_text(bench["texts"]).cpu() if reward.uses_text else None
-        value = lambda e: (e.to(device) @ text.T.to(device)).cpu() if reward.uses_text else reward.score(e.to(device)).cpu()  # (n, m) or (n,)
-        quality = lambda e: e.cpu() if reward.uses_text else value(e)
+        text = reward.encode_text(bench["texts"]) if reward.uses_text else None
+        score = lambda e: (e @ text.T if reward.uses_text else reward.score(e)).cpu()  # (n, m), or (n,) without text
+        comparable = lambda e: e.cpu() if reward.uses_text else score(e)
         first = bench_name == next(iter(benches))
-        sub = min(args.mc_images, len(files)) if first and "mc" in args.methods else 0
-        if "sizes" in bench and sub:  # whole lists only
-            ends = np.cumsum(bench["sizes"])
-            sub = int(ends[ends <= sub].max(initial=bench["sizes"][0]))
-        r = value(e_rm)
-        clean = measure(bench, quality(e_rm), text)
-        for metric, units in clean.items():
-            v, se, n = summary([units], metric)
-            rows.append(dict(method="clean", benchmark=bench_name, sigma=0.0, metric=metric, value=v, value_se=se, n=len(files), draws=1))
-        constant = e_rm.mean(0, keepdim=True).expand_as(e_rm)
-        for k, sigma in enumerate(tqdm(SIGMAS, desc=bench_name)):
+        sub = monte_carlo_images(bench, args.mc_images) if first and "mc" in args.methods else 0
+        r, n = score(e_rm), len(x)
+
+        def add_rows(method, sigma, draws, own, **about):
+            results = [measure(bench, comparable(e), text.cpu() if reward.uses_text else None, subset=own < n) for e in draws]
+            for metric in results[0]:
+                value, se = summary([m[metric] for m in results], metric, own)
+                rows.append(dict(method=method, benchmark=bench_name, sigma=sigma, metric=metric, value=value, value_se=se, n=own, draws=len(draws), **about))
+
+        add_rows("clean", 0.0, [e_rm], n)
+        for sigma in tqdm(SIGMAS, desc=bench_name):
             eps = [torch.randn(z0.shape, generator=generator(args.seed, bench_name, sigma, d)).to(device) for d in range(args.draws)]
             level = lambda n: torch.full((n,), sigma, device=device)
-            estimates = {"constant": [constant]}
+            estimates = {"constant": [e_rm.mean(0, keepdim=True).expand_as(e_rm)]}
             for name, method in methods.items():
-                estimates[name] = [torch.cat([method.embed(z, level(len(z))) for z in add_noise(z0, e, level(len(z0))).split(args.batch)]) for e in eps]
-            reference = None
+                estimates[name] = [torch.cat([method.embed(z, level(len(z))) for z in add_noise(z0, e, level(n)).split(args.batch)]) for e in eps]
+            reference = steps = None
             if sub:
                 zt = add_noise(z0[:sub], eps[0][:sub], level(sub))
                 samples, steps = rollout_embeddings(backbone, reward, null, zt, sigma, grid, args.rollouts, generator(args.seed, "rollouts", sigma), 4 * args.batch)
-                for n in (1, 4, 16, args.rollouts):
-                    if n <= args.rollouts:
-                        estimates[f"mc-{n}"] = [samples[:, :n].mean(1)]
-                half = [value(samples[:, h::2].mean(1)) for h in (0, 1)]
+                estimates |= {f"mc-{k}": [samples[:, :k].mean(1)] for k in (1, 4, 16, args.rollouts) if k <= args.rollouts}
+                half = [score(samples[:, h::2].mean(1)) for h in (0, 1)]
                 reference = (half[0] + half[1]) / 2, float((half[0] - half[1]).square().mean() / 4)  # and the variance of its own error
             for name, draws in estimates.items():
-                own = sub if name.startswith("mc-") else len(files)
-                errors = torch.stack([(value(e) - r[:own]).square().flatten(1).mean(1) if reward.uses_text else (value(e) - r[:own]).square() for e in draws]).mean(0)
-                about = dict(value_mse=float(errors.mean()), value_mse_se=float(errors.std() / own ** 0.5), **calibration(value(draws[0]), r[:own]))
-                if reward.uses_text:
-                    matched = lambda v: float(v[torch.arange(own), bench["own"][:own]].mean())
-                    about["matched_v"], about["matched_r"] = matched(value(draws[0])), matched(r[:own])
-                if reference is not None:
-                    error = (value(draws[0][:sub]) - r[:sub]).square()
-                    about["value_mse_shared"] = float(error.mean())
-                    if name != f"mc-{args.rollouts}":
-                        gap = value(draws[0][:sub]) - reference[0]
-                        # E gap^2 = (V - V*)^2 + var(reference); an mc-n is part of the reference, which takes the same amount away instead
-                        about["reference_bias"] = float(gap.mean())
-                        about["reference_mse"] = float(gap.square().mean()) + (reference[1] if name.startswith("mc-") else -reference[1])
+                own = sub if name.startswith("mc-") else n
+                about = error_of([score(e) for e in draws], r[:own], bench["own"][:own])
+                if sub:
+                    about |= shared_error(score(draws[0][:sub]), r[:sub], *reference, part=name.startswith("mc-"))
                 if name.startswith("mc-"):
                     about["rollout_steps"] = steps
-                results = [measure(bench, quality(e), text, subset=own < len(files)) for e in draws]
-                for metric in results[0]:
-                    v, se, n = summary([m[metric] for m in results], metric)
-                    rows.append(dict(method=name, benchmark=bench_name, sigma=sigma, metric=metric, value=v, value_se=se, n=own, draws=len(draws), **about))
+                add_rows(name, sigma, draws, own, **about)
         if first:
-            costs = measure_cost(methods, backbone, reward, null, z0[:min(32, len(z0))], grid, args)
+            costs = measure_cost(methods, backbone, reward, null, z0[:min(32, n)], grid, args)
     for row in rows:
         name, sigma = row["method"], row["sigma"]
         if name.startswith("mc-"):  # N rollouts cost N times one
             row.update({k: int(name[3:]) * v for k, v in costs["mc", sigma].items()})
         else:
             row.update(costs.get((name, sigma), dict(ms_per_value=None, gflop_per_value=None)))
-        if row["metric"] == "srcc" and row["value"] is not None:
-            row["value_se"] = (1 - row["value"] ** 2) / (row["n"] - 1) ** 0.5
     print_table(rows, ("method", "benchmark", "sigma", "metric", "value", "value_se", "n", "value_mse", "value_mse_shared", "reference_mse", "slope", "ms_per_value", "gflop_per_value"))
     save_table(args, "04_eval_noisy", rows, values=parents)
     draw_quality(rows, next(iter(benches)), Path(args.out) / "04_quality.png", f"{args.reward} + {args.backbone}")
     draw_cost([r for r in rows if r["benchmark"] == next(iter(benches))], Path(args.out) / "04_cost.png", f"{args.reward} + {args.backbone}")
+
+
+def monte_carlo_images(bench, wanted):
+    """How many of the first images Monte Carlo gets: for ranked lists, whole lists only."""
+    if "sizes" not in bench:
+        return min(wanted, len(bench["files"]))
+    ends = np.cumsum(bench["sizes"])
+    return int(ends[ends <= wanted].max(initial=bench["sizes"][0]))
+
+
+def error_of(draws, r, own):
+    """value_mse of scores (n, m) or (n,) of several noise draws against r, its standard error over images, and the calibration of the first."""
+    errors = torch.stack([(v - r).square().reshape(len(r), -1).mean(1) for v in draws]).mean(0)
+    about = dict(value_mse=float(errors.mean()), value_mse_se=float(errors.std() / len(r) ** 0.5), **calibration(draws[0], r))
+    if r.ndim == 2:
+        matched = (torch.arange(len(r)), torch.tensor(own))
+        about |= dict(matched_v=float(draws[0][matched].mean()), matched_r=float(r[matched].mean()))
+    return about
+
+
+def shared_error(v, r, reference, variance, part):
+    """Errors on the noisy latents that every method is given: against r, and against the many-rollout reference, whose own error has this variance.
+
+    E gap^2 = E(V - V*)^2 + variance; but if V is the mean of a part of the reference's rollouts, E gap^2 = E(V - V*)^2 - variance.
+    """
+    gap = v - reference
+    return dict(value_mse_shared=float((v - r).square().mean()), reference_bias=float(gap.mean()),
+                reference_mse=float(gap.square().mean()) + (variance if part else -variance))
 
 
 def measure_cost(methods, backbone, reward, null, z0, grid, args):

@@ -478,8 +478,8 @@ def test_calibration():
 def test_summary_of_units():
     """Draws are averaged within a unit first: two draws of one image are not two images."""
     draws = [torch.tensor([1.0, 0, 1, 1]), torch.tensor([1.0, 0, 0, 1])]
-    assert evaluate.summary(draws, "recall@1_i2t") == pytest.approx((0.625, np.std([1, 0, 0.5, 1], ddof=1) / 2, 4))
-    assert evaluate.summary([draws[0]] * 5, "recall@1_i2t") == pytest.approx(evaluate.summary(draws[:1], "recall@1_i2t"))
+    assert evaluate.summary(draws, "recall@1_i2t", 4) == pytest.approx((0.625, np.std([1, 0, 0.5, 1], ddof=1) / 2))
+    assert evaluate.summary([draws[0]] * 5, "recall@1_i2t", 4) == pytest.approx(evaluate.summary(draws[:1], "recall@1_i2t", 4))
 
 
 def test_summary_of_pooled_pairs():
@@ -488,16 +488,16 @@ def test_summary_of_pooled_pairs():
     skill = 0.3 + 0.6 * torch.rand(400).double()  # prompts differ: binomial errors over pairs would be too small
     draws = [torch.stack([torch.binomial(pairs, skill), pairs], 1) for _ in range(2)]
     correct = ((draws[0] + draws[1]) / 2)[:, 0]
-    value, se, n = evaluate.summary(draws, "imagereward_accuracy")
-    assert value == pytest.approx(float(correct.sum() / pairs.sum())) and abs(value - float((correct / pairs).mean())) > 1e-4 and n == 400
+    value, se = evaluate.summary(draws, "imagereward_accuracy", 400)
+    assert value == pytest.approx(float(correct.sum() / pairs.sum())) and abs(value - float((correct / pairs).mean())) > 1e-4
     without = (correct.sum() - correct) / (pairs.sum() - pairs)
     assert se == pytest.approx(float((399 / 400 * (without - without.mean()).square().sum()).sqrt()), rel=0.03)
 
 
 def test_summary_of_correlations():
     """Averaged over draws; a constant estimate has none."""
-    assert evaluate.summary([0.4, 0.6], "srcc")[0] == pytest.approx(0.5)
-    assert evaluate.summary([None, None], "srcc") == (None, None, None)
+    assert evaluate.summary([0.4, 0.6], "srcc", 26) == pytest.approx((0.5, 0.75 / 5))
+    assert evaluate.summary([None, None], "srcc", 26) == (None, None)
 
 
 def test_spearman_ranks_ties_by_their_mean():
@@ -529,3 +529,29 @@ def test_ava_with_a_missing_image_is_refused(tmp_path):
     write_ava(tmp_path, (953958, 954113))
     with pytest.raises(SystemExit, match="954184"):
         evaluate.ava_set(tmp_path)
+
+
+def test_errors_against_the_reference_are_unbiased():
+    """Rollout scores with known mean: the corrections for the reference's own error give (V - V*)^2 for outsiders and the variance / n for its parts."""
+    true, spread, rollouts = torch.randn(4000, 1), 0.7, 16
+    samples = true[:, None] + spread * torch.randn(4000, rollouts, 1)
+    half = [samples[:, h::2].mean(1) for h in (0, 1)]
+    reference, variance = (half[0] + half[1]) / 2, float((half[0] - half[1]).square().mean() / 4)
+    r = true + spread * torch.randn(4000, 1)
+    outsider = evaluate.shared_error(true + 0.1, r, reference, variance, part=False)
+    assert outsider["reference_mse"] == pytest.approx(0.01, abs=0.002) and outsider["reference_bias"] == pytest.approx(0.1, abs=0.01)
+    assert outsider["value_mse_shared"] == pytest.approx(0.01 + spread ** 2, rel=0.08)
+    for n in (1, 4, 16):
+        assert evaluate.shared_error(samples[:, :n].mean(1), r, reference, variance, part=True)["reference_mse"] == pytest.approx(spread ** 2 / n, rel=0.08)
+
+
+def test_error_of_averages_draws_and_reads_the_matched_pairs():
+    r = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    about = evaluate.error_of([r, r + 2], r, [0, 1])
+    assert about["value_mse"] == pytest.approx(2.0) and about["matched_v"] == about["matched_r"] == 1.0 and about["slope"] == pytest.approx(1.0)
+
+
+def test_monte_carlo_takes_whole_lists():
+    assert evaluate.monte_carlo_images(dict(sizes=[4, 5, 6], files=range(15)), 10) == 9
+    assert evaluate.monte_carlo_images(dict(sizes=[4, 5, 6], files=range(15)), 2) == 4
+    assert evaluate.monte_carlo_images(dict(files=range(15)), 40) == 15

@@ -1,0 +1,53 @@
+"""The committed weights of the miniature are trained ones: each model is measured on a few held-out scenes, drawn here."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import draw
+import train
+
+torch.set_grad_enabled(False)
+MINI = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """100 different scenes of the report split, and five captions each."""
+    rng, found = np.random.default_rng(5), {}
+    while len(found) < 100:
+        scene = draw.sample_split(rng, "report")
+        found.setdefault(draw.scene_key(scene), scene)
+    images = torch.from_numpy(np.stack([draw.draw(rng, s) for s in found.values()])).permute(0, 3, 1, 2)
+    return images, [[draw.caption(s, f) for f in range(5)] for s in found.values()]
+
+
+@pytest.mark.parametrize("name, least", [("clip", 0.7), ("dfn-clip", 0.8), ("hpsv2", 0.4), ("judge", 0.4)])
+def test_clips_retrieve(scenes, name, least):
+    """Among 100 scenes; chance is 0.01."""
+    assert min(train.recall_at_1(train.load_clip(MINI / name), *scenes)) > least
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "judge"])
+def test_preference_models_rank_better_than_chance(name):
+    rng = np.random.default_rng(6)
+    assert train.ranking_accuracy(train.load_clip(MINI / name), [draw.ranked_group(rng, "report", 4) for _ in range(60)]) > 0.65
+
+
+def test_configurations():
+    """What the project's models must be, because the published ones are: activations, patches, the shape of the MLP."""
+    config = {n: json.loads((MINI / n / "open_clip_config.json").read_text())["model_cfg"] for n in ("clip", "dfn-clip", "hpsv2", "aesthetic", "judge")}
+    assert {n: c["quick_gelu"] for n, c in config.items()} == {"clip": True, "dfn-clip": True, "hpsv2": False, "aesthetic": True, "judge": True}
+    assert config["dfn-clip"]["vision_cfg"]["patch_size"] < config["clip"]["vision_cfg"]["patch_size"]
+    head = train.aesthetic_head(config["aesthetic"]["embed_dim"])
+    assert [m.out_features for m in head if isinstance(m, torch.nn.Linear)] == [1024, 128, 64, 16, 1]
+
+
+def test_weights_are_small():
+    """Half precision throughout, about 40 MB in all."""
+    from safetensors.torch import load_file
+    files = [f for f in MINI.rglob("*.safetensors") if f.relative_to(MINI).parts[0] not in ("work", "data")]
+    assert all(v.dtype == torch.float16 or not v.is_floating_point() for f in files for v in load_file(f).values())
+    assert sum(f.stat().st_size for f in files) < 42e6
