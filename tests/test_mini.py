@@ -9,7 +9,6 @@ import torch
 import draw
 import train
 
-torch.set_grad_enabled(False)
 MINI = Path(train.__file__).parent
 
 
