@@ -199,7 +199,7 @@ def summary(draws, metric, n):
         value = units[:, 0].sum() / units[:, 1].sum()
         residual = units[:, 0] - value * units[:, 1]
         return float(value), float(residual.std() * len(units) ** 0.5 / units[:, 1].sum())
-    return float(units.mean()), float(units.std() / len(units) ** 0.5)
+    return float(units.mean()), float(units.std() / len(units) ** 0.5) if len(units) > 1 else None
 
 
 # ---- estimators
@@ -378,7 +378,7 @@ def draw_quality(rows, bench, path, title):
             if name == "clean":
                 axis.axhline(mine[0]["value"], ls="--", color="black", label="clean images")
             elif mine and name != "constant" and not name.startswith("mc-"):
-                axis.errorbar([r["sigma"] for r in mine], [r["value"] for r in mine], [r["value_se"] for r in mine], marker="o", ms=4, capsize=2, color=COLOURS.get(name), label=name)
+                axis.errorbar([r["sigma"] for r in mine], [r["value"] for r in mine], [r["value_se"] or 0 for r in mine], marker="o", ms=4, capsize=2, color=COLOURS.get(name), label=name)
         axis.set(xlabel="sigma", title=f"{metric} ({bench}, n = {rows[0]['n']})")
     axis = axes[0, -1]
     for name in dict.fromkeys(r["method"] for r in rows if r["method"] != "clean"):
