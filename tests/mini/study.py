@@ -112,7 +112,7 @@ def readme():
         shared = {(r["method"], r["sigma"]): r for r in rows if "value_mse_shared" in r}
         methods = list(dict.fromkeys(m for m, _ in shared))
         text += [f"**{reward}**, error of the value (V - r)^2 on the same {min(r['n'] for r in rows)} noisy latents, and the cost of one value at sigma 0.5", "",
-                 head[0][:-1] + " ms | GFLOP |", "|---" * 8 + "|"]
+                 head[0] + " ms | GFLOP |", "|---" * 8 + "|"]
         for m in methods:
             cost = shared[m, 0.5]
             text.append(f"| {m} | " + " | ".join(f"{shared[m, s]['value_mse_shared']:.4f}" for s in SIGMAS) +
