@@ -50,7 +50,7 @@ def stage_parser(doc, presets):
 
 def parse_stage(p, presets, argv=None):
     """Parse: the preset's values are the defaults, flags given explicitly win. Fills in --out, the device and the dtype."""
-    preset = p.parse_known_args(argv)[0].preset if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv) else "mini"
+    preset = p.parse_known_args(argv)[0].preset if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv) else p.get_default("preset")
     p.set_defaults(**presets[preset])
     args = p.parse_args(argv)
     if args.out is None:

@@ -481,6 +481,9 @@ def save_pipeline(transformer, text, vae, folder):
                                     text_encoder=text[0].half().eval(), tokenizer=tokenizer(), text_encoder_2=text[1].half().eval(),
                                     tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=t5)
     pipe.save_pretrained(folder)
+    config = json.loads((folder / "vae/config.json").read_text())
+    config.pop("_name_or_path", None)  # where the VAE was loaded from on the machine that trained it
+    (folder / "vae/config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------- quality
