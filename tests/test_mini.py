@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import draw
 import train
 
@@ -23,7 +24,7 @@ def scenes():
     return images, [[draw.caption(s, f) for f in range(5)] for s in found.values()]
 
 
-@pytest.mark.parametrize("name, least", [("clip", 0.7), ("dfn-clip", 0.8), ("hpsv2", 0.4), ("judge", 0.4)])
+@pytest.mark.parametrize("name, least", [("clip", 0.85), ("dfn-clip", 0.85), ("hpsv2", 0.8), ("judge", 0.7)])
 def test_clips_retrieve(scenes, name, least):
     """Among 100 scenes; chance is 0.01."""
     assert min(train.recall_at_1(train.load_clip(MINI / name), *scenes)) > least
@@ -32,7 +33,17 @@ def test_clips_retrieve(scenes, name, least):
 @pytest.mark.parametrize("name", ["hpsv2", "judge"])
 def test_preference_models_rank_better_than_chance(name):
     rng = np.random.default_rng(6)
-    assert train.ranking_accuracy(train.load_clip(MINI / name), [draw.ranked_group(rng, "report", 4) for _ in range(100)]) > 0.58
+    assert train.ranking_accuracy(train.load_clip(MINI / name), [draw.ranked_group(rng, "report", 4) for _ in range(100)]) > 0.6
+
+
+def test_generator_follows_prompts():
+    """By the exact checker, with guidance 4.5 and 14 steps; a picture of another scene passes once in hundreds."""
+    rng, backbone = np.random.default_rng(7), common.Backbone("sd3.5-medium")
+    prompts = [draw.caption(draw.sample_split(rng, "report"), k % 5) for k in range(60)]
+    condition, null = common.encode_prompts(backbone, prompts), common.encode_prompts(backbone, [""])
+    with torch.no_grad():
+        images = train.sample(lambda z, s: backbone.velocity(z, s, condition, null=null, cfg=4.5), backbone.vae, backbone.grid(14, torch.zeros(1, 16, 8, 8)), 60, 3)
+    assert np.mean([draw.check(i, p) for i, p in zip(images.permute(0, 2, 3, 1).numpy(), prompts)]) > 0.2
 
 
 def test_configurations():

@@ -4,7 +4,8 @@ A scene is one to three flat shapes on a plain background, 64 x 64 pixels. Every
 back from the pixels, so `check` is this world's exact GenEval. Scenes are split by a hash of what they show (not of
 their pixels): a scene that a benchmark shows is never drawn for training.
 
-    python tests/mini/draw.py [DIR]      write every benchmark folder below DIR (default: data/ beside this file)
+    python tests/mini/draw.py [DIR]                             write every benchmark folder below DIR (default: data/ beside this file)
+    python tests/mini/draw.py check images.npy prompts.json     print for each uint8 image (N, 64, 64, 3) whether it shows what its prompt says
 """
 import json
 import os
@@ -258,9 +259,9 @@ def look(image):
     return dict(background=_nearest(background, BACKGROUNDS), objects=objects)
 
 
-def facts(image, meta):
-    """{fact: true or false} for every fact that the GenEval metadata `meta` states about the image."""
-    seen = look(image)
+def facts(image, meta, seen=None):
+    """{fact: true or false} for every fact that the GenEval metadata `meta` states about the image; `seen` is what look() gave."""
+    seen = seen or look(image)
     hits = [[o for o in seen["objects"] if all(o[k] == e[k] for k in ("class", "color", "size") if k in e)] for e in meta["include"]]
     said = {"total": len(seen["objects"]) == sum(e["count"] for e in meta["include"])}
     for k, (entry, found) in enumerate(zip(meta["include"], hits)):
@@ -333,23 +334,25 @@ def damage(rng, image, kind, strength, placed=()):
     return image
 
 
-def preference(image, prompt):
-    """The rule by which this world's people prefer images: the share of the prompt's facts that hold, then neatness.
+def neatness(image, seen):
+    """(fit, sharp, pure) in [0, 1]: how well the shapes fit, how sharp the edges are, how close the colours are to pure ones."""
+    rgb = np.asarray(image, np.float32)
+    distance = np.linalg.norm(rgb - np.median(rgb[:2].reshape(-1, 3), 0), axis=-1)
+    inside = distance > 45
+    if not seen["objects"] or not inside.any():
+        return 0.0, 0.0, 0.0
+    soft = ((distance > 12) & (distance < 0.75 * np.quantile(distance[inside], 0.6))).sum()
+    rim = (inside ^ ndimage.binary_erosion(inside)).sum() + 1
+    return (float(np.clip((np.mean([o["fit"] for o in seen["objects"]]) - 0.6) / 0.35, 0, 1)), float(np.clip(1.6 - 0.6 * soft / rim, 0, 1)),
+            float(np.clip((rgb.max(-1) - rgb.min(-1))[inside].mean() / 150, 0, 1)))
 
-    Neatness in [0, 1]: how well the shapes fit, how sharp the edges are, how close the colours are to pure ones.
-    """
-    seen, said = look(image), facts(image, parse(prompt))
+
+def preference(image, prompt, seen=None):
+    """The rule by which this world's people prefer images: the share of the prompt's facts that hold, then neatness."""
+    seen = seen or look(image)
     if not seen["objects"]:
         return 0.0
-    grey = np.asarray(image, np.float32)
-    distance = np.linalg.norm(grey - np.median(grey[:2].reshape(-1, 3), 0), axis=-1)
-    inside = distance > 45
-    soft = ((distance > 12) & (distance < 0.75 * np.quantile(distance[inside], 0.6))).sum() if inside.any() else 0
-    rim = (inside ^ ndimage.binary_erosion(inside)).sum() + 1
-    sharp = np.clip(1.6 - 0.6 * soft / rim, 0, 1)
-    fit = np.clip((np.mean([o["fit"] for o in seen["objects"]]) - 0.6) / 0.35, 0, 1)
-    pure = np.clip((grey.max(-1) - grey.min(-1))[inside].mean() / 150, 0, 1) if inside.any() else 0
-    return float(np.mean(list(said.values())) + 0.25 * (0.4 * fit + 0.35 * sharp + 0.25 * pure))
+    return float(np.mean(list(facts(image, parse(prompt), seen).values())) + 0.25 * np.dot((0.4, 0.35, 0.25), neatness(image, seen)))
 
 
 def ranked_group(rng, split, size):
@@ -463,13 +466,13 @@ def write_benchmarks(out, train_images=8000, seed=0):
                     rows.append(dict(id=f"{g:06d}", prompt=prompt, generations=[f"test_images/{p}" for p in paths], ranking=[-(-r // 2) for r in order]))
             dump(root / name / "test.json", rows)
 
-        rows = []
-        for k, scene in enumerate(_unique(rng, split, 500)):
+        rows, ids = [], range(900001, 900501)  # AVA's are as long: a folder of somebody's own 1.jpg, 2.jpg holds none of them
+        for k, scene in zip(ids, _unique(rng, split, 500)):
             image = draw(rng, scene)
-            _save(image, root / "ava/images" / f"{k + 1}.png")
-            rows.append(" ".join(str(v) for v in (k + 1, k + 1, *votes(rng, image), 0, 0, 1)))
+            _save(image, root / "ava/images" / f"{k}.png")
+            rows.append(" ".join(str(v) for v in (k, k, *votes(rng, image), 0, 0, 1)))
         (root / "ava/AVA.txt").write_text("\n".join(rows) + "\n")
-        (root / "ava/test.jpgl").write_text("\n".join(str(k + 1) for k in range(500)) + "\n")
+        (root / "ava/test.jpgl").write_text("\n".join(map(str, ids)) + "\n")
 
         scenes = _unique(rng, split, 200)
         (root / "drawbench.txt").write_text("\n".join(caption(s, int(rng.integers(5))) for s in scenes) + "\n")
@@ -486,5 +489,7 @@ def write_benchmarks(out, train_images=8000, seed=0):
     os.replace(out, final)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["check"]:
+    print(json.dumps([check(i, p) for i, p in zip(np.load(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()))]))
+elif __name__ == "__main__":
     write_benchmarks(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "data")

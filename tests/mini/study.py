@@ -1,9 +1,12 @@
-"""The README's measurements, in one command each: python tests/mini/study.py selection | table [--reward NAME …] | readme
+"""The README's measurements, in one command each: python tests/mini/study.py selection | table | dps | fks | draft | nft | counts | readme
 
 selection   short trainings of the value model of clip that differ in one choice (sigma law, learning rate, EMA, embedding target, length),
             compared on the tuning split only                                     -> assets/results/selection.json
-table       01 to 04 with both baselines, for each reward, on the report split    -> assets/results/<reward>.json and the figures
-readme      writes the tables of README.md and tests/mini/README.md from assets/results and quality.json
+table       01 to 04 with both baselines, for each backbone and reward, on the report split    -> assets/results/04_<…>.json and the figures
+dps, fks    05 with each reward, and guided above or below sigma .5 only; 06's scaling in N and M, its proposals  -> assets/results/05_*, 06_*
+draft, nft  07's five methods, 08's two, three seeds each; 08's stop windows                               -> assets/results/07_*, 08_*
+counts      what the paper measured beside what --dry-run counts at published size, and every pair of models  -> tables in README.md
+readme      writes the tables of README.md, assets/results/README.md and tests/mini/README.md from assets/results and quality.json
 
 Two processes of one thread each run side by side.
 """
@@ -14,12 +17,16 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TUNE = ["--coco", "tests/mini/data/tune/coco", "--flickr30k", ""]
-VARIANTS = {"default": [], "uniform": ["--sigma-law", "uniform"], "ema .99": ["--ema", "0.99"], "unit": ["--embedding", "unit"],
-            "lr 2.5e-4": ["--lr", "2.5e-4"], "lr 1e-3": ["--lr", "1e-3"], "lam_tok .1": ["--lam-tok", "0.1"], "twice the steps": ["--steps", "1600"]}
+SHORT = ["--steps", 1000, "--batch", 32, "--lr", "1e-3", "--sigma-law", "logit-normal"]  # of every variant, but for what it changes
+VARIANTS = {"base": [], "uniform": ["--sigma-law", "uniform"], "ema .99": ["--ema", "0.99"], "unit": ["--embedding", "unit"],
+            "lr 5e-4": ["--lr", "5e-4"], "lr 2e-3": ["--lr", "2e-3"], "uniform, lr 2e-3": ["--sigma-law", "uniform", "--lr", "2e-3"],
+            "lam_tok .1": ["--lam-tok", "0.1"], "batch 64, half the steps": ["--batch", "64", "--steps", 500], "twice the steps": ["--steps", 2000]}
 
 
 def run(script, *flags):
@@ -38,7 +45,7 @@ def selection(out=ROOT / "runs/selection", names=VARIANTS):
         for file in ("cache.pt", "stitch.pt", "cache"):
             if not (folder / file).exists():
                 (folder / file).symlink_to((out / file).resolve())
-        run("03_finetune.py", "--out", folder, "--steps", 800, *VARIANTS[name])
+        run("03_finetune.py", "--out", folder, *SHORT, *VARIANTS[name])
         run("04_eval_noisy.py", "--out", folder, "--methods", "stitchvm", *TUNE)
         rows = json.loads((folder / "04_eval_noisy.json").read_text())["rows"]
         return {"variant": name} | {f"{m} {r['sigma']}": r[m] for r in rows if r["method"] == "stitchvm" and r["metric"] == "recall@1_i2t" for m in ("value", "value_mse", "slope")}
@@ -51,27 +58,34 @@ def selection(out=ROOT / "runs/selection", names=VARIANTS):
         print(row["variant"].ljust(16), *(f"{k} {row[k]:.3f}" for k in row if k.startswith("value ")), "|", *(f"{row[k]:.4f}" for k in row if k.startswith("value_mse")))
 
 
-def table(rewards):
-    def one(reward):
-        flags = ["--reward", reward]
+def table(backbones, rewards):
+    results = ROOT / "assets/results"
+    results.mkdir(parents=True, exist_ok=True)
+
+    def one(pair):
+        backbone, reward = pair
+        main, flags, out = backbone == "sd3.5-medium", ["--backbone", backbone, "--reward", reward], ROOT / f"runs/mini/{backbone}_{reward}"
         run("01_cache_features.py", *flags)
         run("02_fit_stitch.py", *flags)
         run("03_finetune.py", *flags)
-        run("03_finetune.py", *flags, "--front", "vae")
-        if reward != "aesthetic":
-            run("03_finetune.py", *flags, "--objective", "noisyclip")
+        if backbone != "sd3.5-large":  # its VAE is sd3.5-medium's, and so are the values that read latents only
+            run("03_finetune.py", *flags, "--front", "vae")
+            if reward != "aesthetic":
+                run("03_finetune.py", *flags, "--objective", "noisyclip")
+        run("04_eval_noisy.py", *flags, *([] if main else ["--methods", "stitchvm", "vae-stitch"]))
+        name = reward if main else f"{backbone}_{reward}"
+        for picture, figure in (("04_quality", "quality"), ("04_cost", "cost"), ("02_fit_stitch", "grid")) if main else ():
+            shutil.copy(out / f"{picture}.png", ROOT / f"assets/{figure}_{name}.png")
+        for stage in ("02_fit_stitch", "04_eval_noisy"):
+            shutil.copy(out / f"{stage}.json", results / f"{stage[:2]}_{name}.json")
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, rewards))
-    results = ROOT / "assets/results"
-    results.mkdir(parents=True, exist_ok=True)
-    for reward in rewards:
-        out = ROOT / f"runs/mini/sd3.5-medium_{reward}"
-        subprocess.run([sys.executable, "04_eval_noisy.py", "--reward", reward], cwd=ROOT, check=True)  # alone, because it measures time
-        for name, figure in (("04_quality", "quality"), ("04_cost", "cost"), ("02_fit_stitch", "grid")):
-            shutil.copy(out / f"{name}.png", ROOT / f"assets/{figure}_{reward}.png")
-        shutil.copy(out / "04_eval_noisy.json", results / f"04_{reward}.json")
-        shutil.copy(out / "02_fit_stitch.json", results / f"02_{reward}.json")
+        list(pool.map(one, [(b, r) for b in backbones for r in rewards]))
+    if "sd3.5-large" in backbones:  # Table 6: a Medium value on Large's latents is, the latent space being one, the same file
+        for reward in rewards:
+            run("04_eval_noisy.py", "--backbone", "sd3.5-large", "--reward", reward, "--out", f"runs/mini/medium-on-large_{reward}", "--methods", "stitchvm",
+                "--value", f"runs/mini/sd3.5-medium_{reward}/value.pt")
+            shutil.copy(ROOT / f"runs/mini/medium-on-large_{reward}/04_eval_noisy.json", results / f"04_medium-on-large_{reward}.json")
 
 
 PAPER = {"clean": [57.90] * 5, "stitchvm": [56.82, 56.22, 52.50, 32.52, 3.68], "vae-stitch": [42.62, 38.91, 21.14, 2.78, 0.08],
@@ -97,28 +111,43 @@ def quality_rows(rows, metric, methods, scale=1):
 
 
 def readme():
-    results, text = ROOT / "assets/results", []
+    results, front, page = ROOT / "assets/results", [], ["# Results", "", "Written by `python tests/mini/study.py readme` from the tables in this folder.", ""]
     head = ["| sigma | " + " | ".join(map(str, SIGMAS)) + " |", "|---" * 6 + "|"]
     for file in sorted(results.glob("04_*.json"), key=lambda f: (f.stem != "04_clip", f.stem)):
         table = json.loads(file.read_text())
-        first = table["rows"][0]["benchmark"]
-        rows, reward = [r for r in table["rows"] if r["benchmark"] == first], table["config"]["reward"]
-        for metric in dict.fromkeys(r["metric"] for r in rows):
-            scale, methods = 1 if metric == "srcc" else 100, ("clean", "stitchvm", "vae-stitch", "noisyclip", "tweedie")
-            text += [f"**{reward}**, {metric} on {first}, n = {rows[0]['n']}, {max(r['draws'] for r in rows)} noise draws", "", *head]
-            if reward == "clip" and metric == "recall@1_i2t":
-                text += [f"| paper: {m} | " + " | ".join(f"{v:.1f}" for v in PAPER[m]) + " |" for m in PAPER]
-            text += [*quality_rows(rows, metric, methods, scale), ""]
-        shared = {(r["method"], r["sigma"]): r for r in rows if "value_mse_shared" in r}
-        methods = list(dict.fromkeys(m for m, _ in shared))
-        text += [f"**{reward}**, error of the value (V - r)^2 on the same {min(r['n'] for r in rows)} noisy latents, and the cost of one value at sigma 0.5", "",
-                 head[0] + " ms | GFLOP |", "|---" * 8 + "|"]
-        for m in methods:
-            cost = shared[m, 0.5]
-            text.append(f"| {m} | " + " | ".join(f"{shared[m, s]['value_mse_shared']:.4f}" for s in SIGMAS) +
-                        (f" | {cost['ms_per_value']:.2f} | {cost['gflop_per_value']:.2f} |" if cost["ms_per_value"] else " | | |"))
-        text.append("")
-    between(ROOT / "README.md", "results", "\n".join(text))
+        title, benchmarks = f"{table['config']['reward']} + {table['config']['backbone']}", {}
+        page += [f"## {file.stem.removeprefix('04_')}: {title}", ""]
+        for r in table["rows"]:
+            benchmarks.setdefault((r["benchmark"], r["metric"]), []).append(r)
+        if (ROOT / f"assets/quality_{file.stem.removeprefix('04_')}.png").exists():
+            page += [f"![{picture}](../{picture}_{file.stem.removeprefix('04_')}.png)" for picture in ("grid", "quality", "cost")] + [""]
+        for (benchmark, metric), rows in benchmarks.items():
+            scale = 1 if metric == "srcc" else 100
+            lines = [f"**{title}**: {metric} on {benchmark}, n = {rows[0]['n']}, {max(r['draws'] for r in rows)} noise draws", "", *head]
+            main = file.stem == "04_clip" and (benchmark, metric) == ("coco", "recall@1_i2t")
+            if main:
+                lines += [f"| paper: {m} | " + " | ".join(f"{v:.1f}" for v in PAPER[m]) + " |" for m in PAPER]
+            lines += [*quality_rows(rows, metric, ("clean", "stitchvm", "vae-stitch", "noisyclip", "tweedie"), scale), ""]
+            page += lines
+            front += lines if main else []
+        shared = {(r["method"], r["sigma"]): r for r in table["rows"] if "value_mse_shared" in r}
+        if shared:
+            lines = [f"**{title}**: error of the value, (V - r)^2 on the same {min(r['n'] for r in shared.values())} noisy latents, and the cost of one value at sigma 0.5", "",
+                     head[0] + " ms | GFLOP |", "|---" * 8 + "|"]
+            for m in dict.fromkeys(m for m, _ in shared):
+                cost = shared[m, 0.5]
+                lines.append(f"| {m} | " + " | ".join(f"{shared[m, s]['value_mse_shared']:.4f}" for s in SIGMAS) +
+                             (f" | {cost['ms_per_value']:.2f} | {cost['gflop_per_value']:.2f} |" if cost["ms_per_value"] else " | | |"))
+            page += [*lines, ""]
+            front += [*lines, ""] if file.stem == "04_clip" else []
+    if (results / "selection.json").exists():
+        page += ["## Choices of 03", "", "clip + sd3.5-medium, tuning split, 500 images, 1,000 steps of 32 where nothing else is said: recall@1_i2t, then (V - r)^2, at the five sigmas.", "",
+                 "| | " + " | ".join([f"R@1 {x}" for x in SIGMAS] + [f"error {x}" for x in SIGMAS]) + " |", "|---" * 11 + "|"]
+        page += [f"| {r['variant']} | " + " | ".join([f"{100 * r[f'value {x}']:.1f}" for x in SIGMAS] + [f"{r[f'value_mse {x}']:.4f}" for x in SIGMAS]) + " |"
+                 for r in json.loads((results / "selection.json").read_text())] + [""]
+    page += [line for file in sorted(results.glob("0[5-8]_*.json")) for line in comparison(file)]
+    between(ROOT / "README.md", "results", "\n".join(front).rstrip())
+    (results / "README.md").write_text("\n".join(page))
     quality = json.loads((ROOT / "tests/mini/quality.json").read_text())
     keys = list(dict.fromkeys(k for row in quality.values() for k in row))
     cell = lambda v: "" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" if v < 5 else f"{v:.1f}"
@@ -126,9 +155,105 @@ def readme():
     between(ROOT / "tests/mini/README.md", "quality", "\n".join(lines))
 
 
+def studies(stage, rewards):
+    """The jobs of a comparison: [(name of its results, script, flags)]."""
+    value = lambda reward: ["--reward", reward, "--value", f"runs/mini/sd3.5-medium_{reward}/value.pt"]
+    if stage == "dps":
+        wide = ["--limit", 100, "--tune-limit", 32, *(x for m in ("tweedie", "stitchvm") for x in (f"--strengths-{m}", 5, 10, 20, 40, 80))]
+        return [(f"05_{r}", "05_dps.py", [*value(r), *wide]) for r in rewards] + [
+            (f"05_{rewards[0]}_{name}", "05_dps.py", [*value(rewards[0]), *wide, "--methods", "flow", "tweedie", "stitchvm", *flags])
+            for name, flags in (("above", ["--guide-to", 0.5]), ("below", ["--guide-from", 0.5]))]
+    if stage == "fks":
+        return [("06_scaling", "06_fks.py", [*value("clip"), "--limit", 100, "--methods", "fks", "fks+stitchvm", "--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6]),
+                ("06_proposals", "06_fks.py", [*value("clip"), "--limit", 100, "--m", 2, 4, "--proposal", "argmax", "corrected"])]
+    if stage == "draft":
+        methods = ["--methods", "draft-1", "draft-3", "alignprop", "draft-1+stitchvm", "draft-3+stitchvm"]
+        return [(f"07_seed{seed}", "07_draft.py", [*value("clip"), *methods, "--eval-limit", 100, "--seed", seed]) for seed in range(3)]
+    return [(f"08_seed{seed}", "08_nft.py", [*value("clip"), "--eval-limit", 100, "--seed", seed]) for seed in range(3)] + [
+        ("08_windows", "08_nft.py", [*value("clip"), "--eval-limit", 100, "--methods", "nft+stitchvm", "--stop-window", "2-12", "12-17", "12-25", "20-25"])]
+
+
+def compare(stage, rewards):
+    def one(job):
+        name, script, flags = job
+        out = ROOT / "runs/study" / name
+        run(script, "--out", out, *flags)
+        shutil.copy(out / f"{Path(script).stem}.json", ROOT / f"assets/results/{name}.json")
+        for picture in out.glob(f"{script[:2]}_*.png"):
+            shutil.copy(picture, ROOT / f"assets/{name}{picture.stem[2:]}.png")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, studies(stage, rewards)))
+
+
+COLUMNS = {"05": ("method", "strength", "steps", "n", "s_per_sample", "gflop_per_sample", "peak_memory_mb"), "06": ("method", "n_particles", "m_proposals", "proposal", "n", "s_per_prompt", "gflop_per_prompt"),
+           "07": ("method", "update", "n", "seconds", "gflop"), "08": ("run", "update", "n", "seconds", "gflop")}
+
+
+def comparison(file):
+    """Markdown of a table of 05 to 08: what is reported, without the sweeps on tuning prompts."""
+    rows, keys = [r for r in json.loads(file.read_text())["rows"] if r.get("split") != "tune"], COLUMNS[file.stem[:2]]
+    metrics = ["reward", *(k for k in rows[0] if f"{k}_se" in rows[0] and k not in ("reward", "gain"))]
+    cell = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
+    lines = [f"## {file.stem}", "", "| " + " | ".join([*keys, *metrics]) + " |", "|---" * (len(keys) + len(metrics)) + "|"]
+    lines += ["| " + " | ".join([*(cell(r.get(k)) for k in keys), *(f"{r[m]:.3f} ± {r[m + '_se']:.3f}" if m in r else "" for m in metrics)]) + " |" for r in rows]
+    return [*lines, ""]
+
+
+@cache
+def cases(script, *flags):
+    """{method: case} of a dry run at the paper's settings."""
+    done = subprocess.run([sys.executable, script, "--dry-run", "--preset", "paper", *map(str, flags)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, check=True)
+    return {c["method"]: c for c in json.loads(done.stdout.splitlines()[-1])["cases"]}
+
+
+def counts():
+    """What the dry runs count for every pair of models, and what the paper measured on its GPUs beside what they count, into README.md."""
+    def pair(backbone, reward):
+        build, step = (cases(s, "--backbone", backbone, "--reward", reward) for s in ("03_finetune.py", "05_dps.py"))
+        value = step.get("stitchvm, i = 4, shared", step["stitchvm, i = 4"])
+        return (f"| {backbone} | {reward} | {build['stitchvm, i = 4']['hours']:.1f} h, {build['stitchvm, i = 4']['fits']} | {step['flow']['tflop']:.1f}, {step['tweedie']['tflop']:.1f}, "
+                f"{value['tflop']:.1f} | {step['tweedie']['fits']}, {value['fits']} |")
+
+    lines = ["| backbone | reward | building a value, hours and card | DPS step, TFLOP: plain, standard, value (i = 4, shared where it can be) | cards |", "|---|---|---|---|---|"]
+    with ThreadPoolExecutor(2) as pool:
+        lines += pool.map(pair, *zip(*product(("sd3.5-medium", "sd3.5-large", "flux"), ("clip", "dfn-clip", "hpsv2", "aesthetic"))))
+    between(ROOT / "README.md", "pairs", "\n".join(lines))
+
+    lines = ["| at published size | the paper measured | the dry runs count |", "|---|---|---|"]
+    for backbone, reward, speed, memory in (("sd3.5-medium", "hpsv2", "3.20x", "56.4 -> 26.0 GB"), ("sd3.5-medium", "clip", "3.58x", None),
+                                            ("sd3.5-large", "hpsv2", "2.33x", "89.3 -> 43.2 GB"), ("sd3.5-large", "clip", "2.29x", None)):
+        c = cases("05_dps.py", "--backbone", backbone, "--reward", reward)
+        ratio = lambda method: f"{c['tweedie']['tflop'] / c[method]['tflop']:.2f}x"
+        lines.append(f"| DPS, {backbone}, {reward}, 1024: work of a step | {speed} less | {ratio('stitchvm, i = 4')} less at i = 4, {ratio('stitchvm, i = 4, shared')} with the prefix shared; "
+                     f"i = 12: {ratio('stitchvm, i = 12')}, {ratio('stitchvm, i = 12, shared')} |")
+        if memory:
+            tweedie, value, again = (c[m] for m in ("tweedie", "stitchvm, i = 4", "tweedie, checkpointing"))
+            lines.append(f"| the same, memory | {memory} | kept for backward {tweedie['saved_gib']:.1f} -> {value['saved_gib']:.1f} GiB (standard DPS with checkpointing {again['saved_gib']:.1f}, at "
+                         f"{again['tflop'] / tweedie['tflop']:.2f}x the work), with the weights {tweedie['peak_gib']:.1f} -> {value['peak_gib']:.1f}; the paper's include text encoders |")
+    c = cases("06_fks.py", "--backbone", "flux", "--reward", "hpsv2", "--methods", "fks", "fks+stitchvm", "--n", 14, "--n-stitchvm", 8, "--m", 6)
+    lines += [f"| FKS, flux, hpsv2: N = 8, M = 6 instead of N = 14 | 33% less | {1 - v['tflop'] / c['fks N=14']['tflop']:.0%} less{m.rpartition(',')[2].replace(' i =', ' at i =')} |"
+              for m, v in c.items() if m.startswith("fks+stitchvm")]
+    c = cases("07_draft.py", "--reward", "dfn-clip+hpsv2", "--methods", "draft-1", "draft-3", "draft-1+stitchvm", "draft-3+stitchvm")
+    for k, hours in ((1, "128.1 -> 94.8 GPU-h, 1.35x"), (3, "128.0 -> 100.3 GPU-h, 1.28x")):
+        lines.append(f"| DRaFT-{k}, sd3.5-medium, 512: work of a sample | {hours} | {c[f'draft-{k}']['tflop'] / c[f'draft-{k}+stitchvm, i = 4']['tflop']:.2f}x less at i = 4 |")
+    c = cases("08_nft.py", "--reward", "dfn-clip+hpsv2")
+    ratio = lambda a, b: f"{c[a]['tflop'] / c[b]['tflop']:.2f}x"
+    same, rollout = "nft+stitchvm, i = 4, as many noise levels as nft", "nft, rollout and reward only"
+    lines.append(f"| NFT, sd3.5-medium, 512: work of a sample | 191.5 -> 84.7 GPU-h, 2.26x | {1 - c[rollout]['tflop'] / c['nft']['tflop']:.0%} of the official loop is training: {ratio('nft', same)} less by stopping "
+                 f"rollouts early alone, {ratio('nft', 'nft+stitchvm, i = 4')} when it also trains above tau only; the rest would have to be fewer updates |")
+    for resolution, hours in ((512, "7 to 10 GPU-h"), (1024, "24 to 32 GPU-h")):
+        both = [sum(cases(s, "--reward", r, "--resolution", resolution)[m]["hours"] for s, m in (("01_cache_features.py", "latents"), ("03_finetune.py", "stitchvm, i = 4"))) for r in ("clip", "hpsv2")]
+        lines.append(f"| building a value model, sd3.5-medium, {resolution} | {hours} | {both[0]:.1f} (clip), {both[1]:.1f} (hpsv2) hours at 150 TFLOP/s, 100,000 images, 5 epochs, latents cached |")
+    between(ROOT / "README.md", "counts", "\n".join(lines))
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("selection", "table", "readme"))
+    p.add_argument("what", choices=("selection", "table", "dps", "fks", "draft", "nft", "counts", "readme"))
+    p.add_argument("--backbone", nargs="+", default=["sd3.5-medium", "sd3.5-large", "flux"])
     p.add_argument("--reward", nargs="+", default=["clip", "hpsv2", "aesthetic", "dfn-clip"])
     args = p.parse_args()
-    {"selection": selection, "table": lambda: table(args.reward), "readme": readme}[args.what]()
+    whole = {"selection": selection, "table": lambda: table(args.backbone, args.reward), "counts": counts, "readme": readme}
+    whole[args.what]() if args.what in whole else compare(args.what, args.reward)

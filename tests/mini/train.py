@@ -4,9 +4,12 @@ The models, in the order in which they need each other:
 
     vae            AutoencoderKL of SD3's geometry (factor 8, 16 channels)             L1 + L2 + 5e-4 KL
     clip           CLIP, patch 16, QuickGELU, on captions of which one in eight is wrong (as web captions are)
-    judge          CLIP, patch 8, own seed and own drawings, then preferences; nothing is ever trained or chosen by it
+    judge          CLIP, 6 blocks, own seed and own drawings, then preferences; nothing is ever trained or chosen by it
     dfn-clip       CLIP, patch 8, on the captions that `clip` finds plausible (as DFN filters its data)
     sd3.5-medium   SD3Transformer2DModel on the VAE's latents, with its two CLIP text encoders, flow matching
+    sd3.5-large    deeper and wider, on the same VAE, grown from sd3.5-medium's weights and trained on
+    flux-vae       an autoencoder of its own for flux, from another seed
+    flux           FluxTransformer2DModel with a CLIP and a T5 encoder, flow matching, then its guidance embedding distilled from CFG
     hpsv2          CLIP, patch 16, GELU, contrastive and then finetuned on ranked images, drawn, damaged and generated
     aesthetic      the published MLP on clip's embedding, regressed on votes
 
@@ -15,6 +18,7 @@ precision when done, and is left alone if its folder is complete. Two may be tra
 The quality table is printed at the end and written to quality.json; tests/mini/README.md shows it.
 """
 import argparse
+import copy
 import json
 import math
 import os
@@ -28,23 +32,26 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+import common
 import draw
 
 HERE = Path(__file__).parent
 TEXT_LENGTH = 16
+BF16 = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # trap: a CPU that emulates it takes three times as long
 
 
 # ---------------------------------------------------------------------------- data
-def scenes(n, seed, split="train", text=draw.random_caption):
-    """n drawn scenes: uint8 (n, 3, 64, 64) and their captions."""
+def scenes(n, seed):
+    """n drawn training scenes: uint8 (n, 3, 64, 64), their captions, and the order that puts scenes side by side which differ in shapes and places only."""
     rng = np.random.default_rng([seed, 7])
-    images, captions = np.empty((n, 3, draw.SIZE, draw.SIZE), np.uint8), []
+    images, captions, alike = np.empty((n, 3, draw.SIZE, draw.SIZE), np.uint8), [], []
     for k in range(n):
-        scene = draw.sample_split(rng, split)
+        scene = draw.sample_split(rng, "train")
         images[k] = draw.draw(rng, scene).transpose(2, 0, 1)
-        captions.append(text(rng, scene))
-    return torch.from_numpy(images), captions
+        captions.append(draw.random_caption(rng, scene))
+        alike.append((scene["background"], scene["family"], len(scene["objects"]), sorted(f"{o['color']} {o['size']}" for o in scene["objects"])))
+    return torch.from_numpy(images), captions, torch.tensor(sorted(range(n), key=lambda k: alike[k]))
 
 
 def signed(images):
@@ -115,39 +122,46 @@ def pick(generator, n, batch):
     return torch.randint(n, (batch,), generator=generator)
 
 
+def pick_alike(generator, order, batch, run=24):
+    """A batch for contrastive learning: half of it random, half in runs of scenes that look alike, because random negatives hardly ever differ in shape alone."""
+    start = torch.randint(len(order) - run, (batch // 2 // run,), generator=generator)
+    runs = order[start[:, None] + torch.arange(run)].flatten()
+    return torch.cat([runs, order[pick(generator, len(order), batch - len(runs))]])
+
+
 def half(module):
     """A state dict in half precision, as it is committed."""
     return {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in module.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------- autoencoder
-def train_vae(work):
+def train_vae(work, name="vae", seed=1, steps=(2000, 2600)):
     """Two cycles: the second, with less weight on the KL and smaller batches, gets the colours right."""
     from diffusers import AutoencoderKL
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(16, 32, 64, 64),
                         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1,
                         norm_num_groups=8, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
                         sample_size=64, scaling_factor=1.0, shift_factor=0.0)
-    images, _ = scenes(12000, 1)
+    images = scenes(12000, seed)[0]
 
     def reconstruction(batch, kl):
         def loss_fn(step, generator):
             x = signed(images[pick(generator, len(images), batch)])
-            with torch.autocast("cpu", torch.bfloat16):  # the convolutions are twice as fast
+            with torch.autocast("cpu", torch.bfloat16, enabled=BF16):  # the convolutions are twice as fast
                 posterior = vae.encode(x).latent_dist
                 z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
                 error = vae.decode(z).sample.float() - x
             return error.abs().mean() + error.square().mean() + kl * posterior.kl().mean() / 1024
         return loss_fn
 
-    minutes = fit("vae", work, vae, reconstruction(24, 5e-4), 2000, 2e-3)[1]
+    minutes = fit(name, work, vae, reconstruction(24, 5e-4), steps[0], 2e-3)[1]
     vae.requires_grad_(True)
-    minutes += fit("vae-second", work, vae, reconstruction(16, 5e-5), 2600, 2e-3)[1]
+    minutes += fit(f"{name}-second", work, vae, reconstruction(16, 5e-5), steps[1], 2e-3)[1]
     with torch.no_grad():
         z = torch.cat([vae.encode(signed(b)).latent_dist.mean for b in images[:2000].split(100)])
     vae.register_to_config(scaling_factor=round(float(1 / z.std()), 4), shift_factor=round(float(z.mean()), 4))
-    vae.half().save_pretrained(work / "vae")
+    vae.half().save_pretrained(work / name)
     return minutes
 
 
@@ -192,23 +206,22 @@ def pixels(images):
     return (images.float() / 255 - MEAN) / STD
 
 
-def contrastive(clip, images, tokens):
-    """Symmetric cross-entropy in which equal captions count as matches."""
-    a, b = clip.encode_image(pixels(images), normalize=True), clip.encode_text(tokens, normalize=True)
-    logits = clip.logit_scale.exp().clamp(max=100) * a @ b.T
+def contrastive(a, b, tokens, logit_scale):
+    """Symmetric cross-entropy of unit embeddings of images and texts (B, d), in which equal captions count as matches."""
+    logits = logit_scale.exp().clamp(max=100) * a @ b.T
     same = (tokens[:, None] == tokens[None]).all(-1).float()
     return -0.5 * sum((same / same.sum(1, keepdim=True) * l.log_softmax(1)).sum(1).mean() for l in (logits, logits.T))
 
 
 def web_pool(seed, n=24000, wrong=1 / 8):
-    """Drawn images with captions of which some belong to another image, as on the web."""
-    images, captions = scenes(n, seed)
+    """Drawn images, tokens of captions of which some belong to another image, as on the web, and the order of scenes()."""
+    images, captions, order = scenes(n, seed)
     rng = np.random.default_rng(seed)
     swapped = rng.permutation(n)[:int(wrong * n)]
     shuffled = [captions[k] for k in rng.permutation(swapped)]
     for k, text in zip(swapped, shuffled):
         captions[k] = text
-    return images, torch.tensor(tokenizer()(captions, padding="max_length", truncation=True).input_ids)
+    return images, tokenise(captions), order
 
 
 def save_clip(clip, config, folder, extra={}):
@@ -222,14 +235,14 @@ def save_clip(clip, config, folder, extra={}):
     save_file(half(clip), folder / "open_clip_model.safetensors")
 
 
-def train_clip(work, steps=1200):
+def train_clip(work, steps=3000):
     torch.manual_seed(2)
     config = clip_config(patch=16, layers=8, width=128, quick_gelu=True)
-    images, tokens = web_pool(2)
+    images, tokens, order = web_pool(2)
 
     def loss_fn(step, generator):
-        k = pick(generator, len(images), 192)
-        return contrastive(clip, images[k], tokens[k])
+        k = pick_alike(generator, order, 192)
+        return contrastive(clip.encode_image(pixels(images[k]), normalize=True), clip.encode_text(tokens[k], normalize=True), tokens[k], clip.logit_scale)
 
     clip = build_clip(config)
     clip, minutes = fit("clip", work, clip, loss_fn, steps, 1e-3, weight_decay=0.05)
@@ -247,22 +260,22 @@ def train_clip(work, steps=1200):
     return minutes
 
 
-def train_dfn(work, steps=700):
+def train_dfn(work, steps=1500):
     """DFN: a data filtering network (here `clip`) keeps the pairs that it finds plausible; a larger tower is trained on them."""
     torch.manual_seed(3)
     config = clip_config(patch=8, layers=8, width=128, quick_gelu=True)
-    images, tokens = web_pool(3, n=30000)
+    images, tokens, order = web_pool(3, n=30000)
     filtering = load_clip(HERE / "clip")
     with torch.no_grad():
         score = torch.cat([(filtering.encode_image(pixels(i), normalize=True) * filtering.encode_text(t, normalize=True)).sum(-1)
                            for i, t in zip(images.split(500), tokens.split(500))])
-    keep = score.argsort(descending=True)[:int(0.8 * len(images))]
-    images, tokens = images[keep], tokens[keep]
+    order = order[score[order] >= score.quantile(0.2)]  # the pairs that stay
 
     def loss_fn(step, generator):
-        k = pick(generator, len(images), 96)
-        with torch.autocast("cpu", torch.bfloat16):  # four times clip's tokens: here half precision pays
-            return contrastive(clip, images[k], tokens[k])
+        k = pick_alike(generator, order, 96)
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):  # four times clip's tokens: here half precision pays
+            a, b = clip.encode_image(pixels(images[k]), normalize=True), clip.encode_text(tokens[k], normalize=True)
+            return contrastive(a, b, tokens[k], clip.logit_scale)
 
     clip = build_clip(config)  # everything but the patch embedding and its positions starts from clip
     clip.load_state_dict({k: v for k, v in filtering.state_dict().items() if v.shape == clip.state_dict()[k].shape}, strict=False)
@@ -279,88 +292,128 @@ def load_clip(folder):
 
 
 # ---------------------------------------------------------------------------- preferences
-def ranked(seed, groups, size=4):
-    """Ranked groups: images uint8 (G, size, 3, 64, 64), tokens (G, L), ranks (G, size); rank 1 is best."""
-    rng = np.random.default_rng([seed, 11])
-    images, prompts, ranks = [], [], []
-    for _ in range(groups):
-        prompt, group, rank = draw.ranked_group(rng, "train", size)
-        images.append(np.stack(group).transpose(0, 3, 1, 2)), prompts.append(prompt), ranks.append(rank)
-    return torch.from_numpy(np.stack(images)), tokenise(prompts), torch.tensor(ranks)
-
-
 def tokenise(prompts):
     return torch.tensor(tokenizer()(list(prompts), padding="max_length", truncation=True).input_ids)
 
 
-def preference_loss(clip, images, tokens, ranks, scale=40.0):
-    """Bradley-Terry on every pair of a group: images (G, n, 3, H, W), tokens (G, L), ranks (G, n)."""
-    e = clip.encode_image(pixels(images.flatten(0, 1)), normalize=True).unflatten(0, ranks.shape)
-    score = torch.einsum("gne,ge->gn", e, clip.encode_text(tokens, normalize=True))
+def cached(path, make):
+    """The tensors that make() returns, made once and kept at `path`."""
+    if not path.exists():
+        torch.save(make(), str(path) + ".tmp")
+        os.replace(str(path) + ".tmp", path)
+    return torch.load(path, weights_only=True)
+
+
+def reading(image):
+    """What an image shows, as numbers: how many of every colour and shape, how many large ones, the background, the neatness."""
+    seen = draw.look(image)
+    count = np.zeros((len(draw.COLOURS), len(draw.SHAPES)))
+    for o in seen["objects"]:
+        if o["class"] != "blob":
+            count[list(draw.COLOURS).index(o["color"]), draw.SHAPES.index(o["class"])] += 1
+    background = [seen["background"] == name for name in draw.BACKGROUNDS]
+    large = sum(o["size"] == "large" for o in seen["objects"])
+    return np.array([*count.ravel(), *background, len(seen["objects"]), large, *draw.neatness(image, seen)], np.float32)
+
+
+def ranked(work, seed, groups, size=4):
+    """Ranked groups: images uint8 (G, size, 3, 64, 64), tokens (G, L), ranks (G, size) with 1 the best, readings (G, size, 57)."""
+    def make():
+        rng = np.random.default_rng([seed, 11])
+        images, prompts, ranks, readings = [], [], [], []
+        for _ in tqdm(range(groups), desc="ranked groups", mininterval=10):
+            prompt, group, rank = draw.ranked_group(rng, "train", size)
+            images.append(np.stack(group).transpose(0, 3, 1, 2)), prompts.append(prompt), ranks.append(rank)
+            readings.append(np.stack([reading(i) for i in group]))
+        return torch.from_numpy(np.stack(images)), tokenise(prompts), torch.tensor(ranks), torch.from_numpy(np.stack(readings))
+    return cached(work / f"ranked-{seed}.pt", make)
+
+
+def preference_loss(e, t, ranks, scale=40.0):
+    """Bradley-Terry on every pair of a group: image embeddings (G, n, d), text embeddings (G, d), ranks (G, n)."""
+    score = torch.einsum("gne,ge->gn", e, t)
     better = (ranks[:, :, None] < ranks[:, None]).float()
     return (better * F.softplus(-scale * (score[:, :, None] - score[:, None]))).sum() / better.sum()
 
 
-def train_preference(name, work, clip, config, steps, pools, contrastive_pool):
-    """Finetune a CLIP on ranked groups (equal weight for each pool), with the contrastive loss kept on at a tenth of its weight."""
-    images, tokens = contrastive_pool
+def train_preference(name, work, clip, config, steps, lr, pools, contrastive_pool, groups=20, pairs=96):
+    """A CLIP on ranked groups, pools = [(share, ranked groups)], with the contrastive loss beside it.
 
-    def prefer(step, generator):
-        losses = []
-        for group_images, group_tokens, ranks in pools:
-            g = pick(generator, len(ranks), 40 // len(pools))
-            losses.append(preference_loss(clip, group_images[g], group_tokens[g], ranks[g]))
-        k = pick(generator, len(images), 64)
-        return sum(losses) / len(losses) + 0.1 * contrastive(clip, images[k], tokens[k])
+    A linear head on the embedding, dropped afterwards, has to read off what the image shows: the ranks alone teach too little of it.
+    """
+    images, tokens, order = contrastive_pool
+    of_groups = torch.cat([readings.flatten(0, 1) for _, (*_, readings) in pools])
+    mean, std = of_groups.mean(0), of_groups.std(0)
+    models = torch.nn.ModuleDict(dict(clip=clip.requires_grad_(True), read=torch.nn.Linear(config["embed_dim"], len(mean))))
 
-    clip, minutes = fit(name, work, clip.requires_grad_(True), prefer, steps, 4e-4)
-    save_clip(clip, config, HERE / name)
+    def loss_fn(step, generator):
+        picked = [[v[g] for v in pool] for share, pool in pools for g in [pick(generator, len(pool[0]), round(share * groups))]]
+        group_images, group_tokens, ranks, readings = (torch.cat(v) for v in zip(*picked))
+        k = pick_alike(generator, order, pairs)
+        e = clip.encode_image(pixels(torch.cat([group_images.flatten(0, 1), images[k]])))
+        t = clip.encode_text(torch.cat([group_tokens, tokens[k]]), normalize=True)
+        shown = F.mse_loss(models["read"](e[:ranks.numel()]), (readings.flatten(0, 1) - mean) / std)
+        e = F.normalize(e, dim=-1)
+        matched = contrastive(e[ranks.numel():], t[len(ranks):], tokens[k], clip.logit_scale)
+        return preference_loss(e[:ranks.numel()].unflatten(0, ranks.shape), t[:len(ranks)], ranks) + 0.5 * matched + shown
+
+    models, minutes = fit(name, work, models, loss_fn, steps, lr, weight_decay=0.05)
+    save_clip(models["clip"], config, HERE / name)
     return minutes
 
 
-def train_judge(work, steps=700):
+def whiten(clip, images, eps=1e-3):
+    """Start the patch convolution as the whitening of the images' patches: edges then weigh as much as flat colour, and shapes are learnt much sooner."""
+    conv = clip.visual.conv1
+    patches = F.unfold(pixels(images), conv.kernel_size, stride=conv.stride).transpose(1, 2).flatten(0, 1)
+    variance, axes = torch.linalg.eigh(torch.cov(patches.T))
+    with torch.no_grad():
+        conv.weight.copy_((axes / (variance + eps).sqrt()).T.flip(0)[:len(conv.weight)].view_as(conv.weight))
+
+
+def train_judge(work):
     torch.manual_seed(5)
-    config = clip_config(patch=16, layers=6, width=96, quick_gelu=True)
-    pool = images, tokens = web_pool(5)
-
-    def loss_fn(step, generator):
-        k = pick(generator, len(images), 160)
-        return contrastive(clip, images[k], tokens[k])
-
-    clip = build_clip(config)
-    clip, minutes = fit("judge-contrastive", work, clip, loss_fn, steps, 1.5e-3, weight_decay=0.05)
-    return minutes + train_preference("judge", work, clip, config, 350, [ranked(5, 5000)], pool)
+    config = clip_config(patch=16, layers=6, width=128, quick_gelu=True)
+    pool, clip = web_pool(5), build_clip(config)
+    whiten(clip, pool[0][:4000])
+    return train_preference("judge", work, clip, config, 4500, 1.2e-3, [(1.0, ranked(work, 5, 8000))], pool)
 
 
 def train_hpsv2(work):
-    """clip's weights with GELU in place of QuickGELU; half of the ranked groups are drawn and damaged, half come from the half-trained generator."""
+    """clip's weights with GELU in place of QuickGELU; a quarter of the ranked groups come from the half-trained generator."""
     torch.manual_seed(6)
     config = clip_config(patch=16, layers=8, width=128, quick_gelu=False)
     clip = build_clip(config)
     clip.load_state_dict(load_clip(HERE / "clip").state_dict())
-    return train_preference("hpsv2", work, clip, config, 1500, [ranked(6, 6000), generated_groups(work, 6, 800)], web_pool(6))
+    pools = [(0.75, ranked(work, 6, 8000)), (0.25, generated_groups(work, 6, 800))]
+    return train_preference("hpsv2", work, clip, config, 2500, 6e-4, pools, web_pool(6))
 
 
 def generated_groups(work, seed, groups, size=4):
-    path = work / "generated.pt"
-    if not path.exists():
+    """As ranked(), of images that an early copy of the generator made of one prompt at three strengths of guidance."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    def make():
         rng = np.random.default_rng([seed, 12])
         prompts = [draw.caption(draw.sample_split(rng, "train"), int(rng.integers(5))) for _ in range(groups)]
         transformer, text = build_generator(MEDIUM)
         saved = torch.load(work / f"sd3.5-medium-{EARLY}.pt", weights_only=True)["average"]
-        torch.nn.ModuleList([transformer, *text]).load_state_dict(saved)
-        vae = load_vae(work)
-        images, ranks = [], []
+        torch.nn.ModuleList([transformer.eval(), *text]).load_state_dict(saved)
+        vae, images, ranks, readings = load_vae(work), [], [], []
+        grid = common.sigma_grid(FlowMatchEulerDiscreteScheduler(shift=3.0), 12, 16)
         for k in tqdm(range(0, groups, 50), desc="generated groups"):
             part = prompts[k:k + 50]
-            four = torch.cat([sample(transformer.eval(), text, vae, part, cfg=c, steps=12, seed=int(rng.integers(1 << 30))) for c in (1.0, 2.5, 4.5, 4.5)])
+            with torch.no_grad():
+                condition, null = encode_text(text, tokenise(part)), encode_text(text, tokenise([""]))
+            four = torch.cat([sample(lambda z, s: common.velocity(transformer, z, s, condition, null, c), vae, grid, len(part), int(rng.integers(1 << 30)))
+                              for c in (1.0, 2.5, 4.5, 4.5)])
             four = four.unflatten(0, (size, len(part))).transpose(0, 1)
             images.append(four)
             for prompt, group in zip(part, four.permute(0, 1, 3, 4, 2).numpy()):
-                score = np.array([draw.preference(i, prompt) for i in group])
-                ranks.append(draw.ranks(score))
-        torch.save((torch.cat(images), tokenise(prompts), torch.tensor(ranks)), path)
-    return torch.load(path, weights_only=True)
+                ranks.append(draw.ranks([draw.preference(i, prompt) for i in group]))
+                readings.append(np.stack([reading(i) for i in group]))
+        return torch.cat(images), tokenise(prompts), torch.tensor(ranks), torch.from_numpy(np.stack(readings))
+    return cached(work / "generated.pt", make)
 
 
 # ---------------------------------------------------------------------------- aesthetic
@@ -373,7 +426,7 @@ def aesthetic_head(width):
 
 def train_aesthetic(work, steps=4000):
     torch.manual_seed(7)
-    images, _ = scenes(12000, 7)
+    images = scenes(12000, 7)[0]
     rng = np.random.default_rng(7)
     counts = np.array([draw.votes(rng, i) for i in images.permute(0, 2, 3, 1).numpy()])
     mark = torch.tensor(counts @ np.arange(1, 11) / counts.sum(1), dtype=torch.float32)
@@ -395,7 +448,8 @@ def train_aesthetic(work, steps=4000):
 
 
 # ---------------------------------------------------------------------------- generators
-MEDIUM = dict(name="sd3.5-medium", num_layers=8, width=128, dual=4)
+MEDIUM = dict(num_layers=8, width=128, head=32, dual=4)
+LARGE = dict(num_layers=10, width=144, head=36, dual=4)
 EARLY = 1500  # steps after which a copy is kept, to generate imperfect images for hpsv2
 
 
@@ -405,8 +459,8 @@ def build_generator(size):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
     width = size["width"]
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=size["num_layers"], attention_head_dim=32,
-        num_attention_heads=width // 32, joint_attention_dim=128, caption_projection_dim=width, pooled_projection_dim=128,
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=size["num_layers"], attention_head_dim=size["head"],
+        num_attention_heads=width // size["head"], joint_attention_dim=128, caption_projection_dim=width, pooled_projection_dim=128,
         pos_embed_max_size=8, dual_attention_layers=tuple(range(size["dual"])), qk_norm="rms_norm")
     tok = tokenizer()
     text = [CLIPTextModelWithProjection(CLIPTextConfig(
@@ -423,63 +477,160 @@ def encode_text(text, tokens):
     return torch.cat([hidden, hidden.new_zeros(len(tokens), 1, hidden.shape[-1])], 1), torch.cat([o.text_embeds for o in outs], -1)
 
 
-def load_vae(work):
+def vae_folder(work, name="vae"):
+    """Where an autoencoder lies: in `work`, or in the folder of the generator that it was exported with."""
+    return work / name if (work / name).exists() else HERE / {"vae": "sd3.5-medium", "flux-vae": "flux"}[name] / "vae"
+
+
+def load_vae(work, name="vae"):
     from diffusers import AutoencoderKL
-    return AutoencoderKL.from_pretrained(work / "vae", dtype=torch.float32).eval().requires_grad_(False)
+    return AutoencoderKL.from_pretrained(vae_folder(work, name), dtype=torch.float32).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def sample(transformer, text, vae, prompts, cfg, steps, seed):
-    """uint8 (B, 3, 64, 64) by Euler's method on SD3's shifted grid."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(steps)
-    z = torch.randn(len(prompts), 16, 8, 8, generator=torch.Generator().manual_seed(seed))
-    condition, null = encode_text(text, tokenise(prompts)), [v.expand(len(prompts), *v.shape[1:]) for v in encode_text(text, tokenise([""]))]
-    for a, b in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:]):
-        t = (a * 1000).expand(len(z))
-        u = transformer(z, condition[0], condition[1], t, return_dict=False)[0]
-        if cfg != 1:
-            un = transformer(z, null[0], null[1], t, return_dict=False)[0]
-            u = un + cfg * (u - un)
-        z = z + (b - a) * u
+def sample(velocity, vae, grid, n, seed):
+    """uint8 (n, 3, 64, 64) by Euler's method: velocity(z, sigma) over the noise levels `grid`, from 1 to 0."""
+    z = torch.randn(n, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+    for a, b in zip(grid[:-1], grid[1:]):
+        z = z + (b - a) * velocity(z, a.expand(n))
     x = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
     return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def train_generator(work, size=MEDIUM, steps=8000, batch=48):
-    torch.manual_seed(4)
-    vae = load_vae(work)
-    images, captions = scenes(30000, 4)
-    tokens, null = tokenise(captions), tokenise([""])
+def train_flow(work, name, transformer, text, encode, tokenise, vae, seed, steps, batch=48, lr=1e-3, teacher=None, snapshots=()):
+    """Flow matching with logit-normal times and 12% null captions. text: encoders, trained too; encode(text, ids) -> (text, pooled).
+
+    teacher: a frozen copy of (transformer, text), whose guided velocity at a random strength is the target instead: guidance distillation.
+    """
+    images, captions, _ = scenes(30000, seed)
+    ids, null = tokenise(captions), tokenise([""])
     with torch.no_grad():
         z0 = torch.cat([(vae.encode(signed(i)).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor for i in images.split(200)])
     del images
-    transformer, text = build_generator(size)
-    both = torch.nn.ModuleList([transformer, *text])
 
     def loss_fn(step, generator):
         k = pick(generator, len(z0), batch)
-        ids = torch.where(torch.rand(batch, 1, generator=generator) < 0.12, null, tokens[k])
-        t = torch.sigmoid(torch.randn(batch, generator=generator))
-        eps = torch.randn(z0[k].shape, generator=generator)
-        z = torch.lerp(z0[k], eps, t.view(-1, 1, 1, 1))
-        u = transformer(z, *encode_text(text, ids), t * 1000, return_dict=False)[0]
-        return (u - (eps - z0[k])).square().mean()
+        drop = torch.rand(batch, *[1] * (ids.ndim - 1), generator=generator) < (0 if teacher else 0.12)
+        t, eps, guidance = torch.sigmoid(torch.randn(batch, generator=generator)), torch.randn(z0[k].shape, generator=generator), 1.0
+        z, target = torch.lerp(z0[k], eps, t.view(-1, 1, 1, 1)), eps - z0[k]
+        if teacher:
+            guidance = 1 + 4 * torch.rand(batch, generator=generator)
+            with torch.no_grad():
+                un, uc = (common.velocity(teacher[0], z, t, encode(teacher[1], v), guidance=1.0) for v in (null, ids[k]))
+                target = un + guidance.view(-1, 1, 1, 1) * (uc - un)
+        u = common.velocity(transformer, z, t, encode(text, torch.where(drop, null, ids[k])), guidance=guidance)
+        return (u - target).square().mean()
 
-    _, minutes = fit(size["name"], work, both, loss_fn, steps, 1e-3, ema=0.999, snapshots=(EARLY,))
-    save_pipeline(transformer, text, vae, HERE / size["name"])
+    return fit(name, work, torch.nn.ModuleList([transformer, *text]), loss_fn, steps, lr, ema=0.999, snapshots=snapshots)[1]
+
+
+def train_medium(work):
+    torch.manual_seed(4)
+    vae, (transformer, text) = load_vae(work), build_generator(MEDIUM)
+    minutes = train_flow(work, "sd3.5-medium", transformer, text, encode_text, tokenise, vae, 4, 28000, snapshots=(EARLY,))
+    save_sd3(transformer, text, vae, HERE / "sd3.5-medium")
     return minutes
 
 
-def save_pipeline(transformer, text, vae, folder):
+def grow(large, small):
+    """Give `large` the weights of `small`, a narrower and shallower model of its class: in the first channels, so that it begins as nearly the same function.
+
+    What writes to the new channels and what the new blocks add starts at zero; what reads them keeps its random start. The last block stays last.
+    """
+    old, last, deeper = small.state_dict(), len(small.transformer_blocks) - 1, len(large.transformer_blocks) - 1
+    heads, head = small.config.num_attention_heads, small.config.attention_head_dim
+    width = lambda model: model.config.num_attention_heads * model.config.attention_head_dim
+    writes = ("to_out.0", "to_add_out", "net.2", "pos_embed", "context_embedder", "proj_out", "linear_2", "to_q.", "add_q_proj")
+    with torch.no_grad():
+        for name, new in large.state_dict().items():
+            parts = name.split(".")
+            block = int(parts[1]) if parts[0] == "transformer_blocks" else None
+            if any(w in name for w in writes) and (block is None or block < last or block == deeper or "q" not in parts[-2]):
+                new.zero_()
+            if block is not None and last <= block < deeper:
+                continue  # a new block: its queries are random, what it adds is zero
+            was = old[name if block != deeper else ".".join([parts[0], str(last), *parts[2:]])]
+            if any(f"{p}_proj" in name or f"to_{p}." in name for p in "qkv"):  # rows are (head, channel of the head)
+                new, was = new.unflatten(0, (heads, -1)), was.unflatten(0, (heads, head))
+            elif ("to_out.0" in name or "to_add_out" in name) and was.ndim == 2:  # columns are
+                new, was = new.unflatten(1, (heads, -1)), was.unflatten(1, (heads, head))
+            elif "norm" in name and "linear" in name:  # rows are (shift, scale, gate …; channel)
+                new, was = new.unflatten(0, (-1, width(large))), was.unflatten(0, (-1, width(small)))
+            new[tuple(slice(n) for n in was.shape)] = was
+
+
+def train_large(work):
+    from diffusers import SD3Transformer2DModel
+    torch.manual_seed(8)
+    medium, vae, (transformer, text) = HERE / "sd3.5-medium", load_vae(work), build_generator(LARGE)
+    grow(transformer, SD3Transformer2DModel.from_pretrained(medium / "transformer", dtype=torch.float32))
+    for encoder, part in zip(text, ("text_encoder", "text_encoder_2")):
+        encoder.load_state_dict(type(encoder).from_pretrained(medium / part, dtype=torch.float32).state_dict())
+    minutes = train_flow(work, "sd3.5-large", transformer, text, encode_text, tokenise, vae, 8, 9000, lr=6e-4)
+    save_sd3(transformer, text, vae, HERE / "sd3.5-large")
+    return minutes
+
+
+def t5_tokenizer():
+    """T5's tokenizer class over this world's words, one token each; letters for anything else."""
+    from transformers import T5Tokenizer
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{w}", -1.0) for w in draw.WORDS), ("\u2581", -5.0), *((c, -10.0) for c in "abcdefghijklmnopqrstuvwxyz0123456789,.")]
+    return T5Tokenizer(vocab=pieces, model_max_length=TEXT_LENGTH)
+
+
+def tokenise_flux(prompts):
+    """(B, 2, L): the ids of CLIP's tokenizer and of T5's."""
+    t5 = torch.tensor(t5_tokenizer()(list(prompts), padding="max_length", truncation=True).input_ids)
+    return torch.stack([tokenise(prompts), t5], 1)
+
+
+def encode_flux(text, ids):
+    """(B, L, 128) of the T5 encoder and (B, 64) pooled by the CLIP one, as FluxPipeline.encode_prompt makes them."""
+    return text[1](ids[:, 1]).last_hidden_state, text[0](ids[:, 0]).pooler_output
+
+
+def build_flux():
+    from diffusers import FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    tok = tokenizer()
+    transformer = FluxTransformer2DModel(patch_size=1, in_channels=64, num_layers=3, num_single_layers=5, attention_head_dim=32, num_attention_heads=4,
+                                         joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12))
+    clip = CLIPTextModel(CLIPTextConfig(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                                        max_position_embeddings=TEXT_LENGTH, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
+    t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer()), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0, feed_forward_proj="gated-gelu"))
+    return transformer, [clip, t5]
+
+
+def train_flux(work):
+    """The guidance embedding is 1 in the first part; in the second the model learns, at guidance 1 to 5, what its own copy gives with CFG."""
+    torch.manual_seed(9)
+    vae, (transformer, text) = load_vae(work, "flux-vae"), build_flux()
+    minutes = train_flow(work, "flux-base", transformer, text, encode_flux, tokenise_flux, vae, 9, 8000)
+    teacher = copy.deepcopy((transformer, text))
+    torch.nn.ModuleList([transformer, *text]).requires_grad_(True)
+    minutes += train_flow(work, "flux", transformer, text, encode_flux, tokenise_flux, vae, 10, 1000, lr=3e-4, teacher=teacher)
+    save_flux(transformer, text, vae, HERE / "flux")
+    return minutes
+
+
+def save_sd3(transformer, text, vae, folder):
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import T5Tokenizer
     # T5 is left out, as diffusers allows. Its tokenizer stays, with room for one token, so that its slot of zeros is one token long.
     t5 = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], model_max_length=1)
-    pipe = StableDiffusion3Pipeline(transformer=transformer.half().eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae.half(),
-                                    text_encoder=text[0].half().eval(), tokenizer=tokenizer(), text_encoder_2=text[1].half().eval(),
-                                    tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=t5)
+    save_pipeline(folder, StableDiffusion3Pipeline(
+        transformer=transformer.half().eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae.half(), text_encoder=text[0].half().eval(),
+        tokenizer=tokenizer(), text_encoder_2=text[1].half().eval(), tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=t5))
+
+
+def save_flux(transformer, text, vae, folder):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
+    save_pipeline(folder, FluxPipeline(transformer=transformer.half().eval(), scheduler=scheduler, vae=vae.half(), text_encoder=text[0].half().eval(), tokenizer=tokenizer(),
+                                       text_encoder_2=text[1].half().eval(), tokenizer_2=t5_tokenizer()))
+
+
+def save_pipeline(folder, pipe):
     pipe.save_pretrained(folder)
     config = json.loads((folder / "vae/config.json").read_text())
     config.pop("_name_or_path", None)  # where the VAE was loaded from on the machine that trained it
@@ -511,11 +662,9 @@ def ranking_accuracy(clip, groups):
 
 def quality(work):
     """The table of tests/mini/README.md, on the report split's drawn benchmarks. Returns {model: {measure: value}}."""
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from PIL import Image
     from safetensors.torch import load_file
     from scipy.stats import spearmanr
-    from transformers import CLIPTextModelWithProjection
-    from PIL import Image
     data = HERE / "data"
     if not data.exists():
         draw.write_benchmarks(data)
@@ -529,14 +678,15 @@ def quality(work):
     minutes = {f.stem: float(f.read_text()) for f in work.glob("*.minutes")} if work.exists() else {}
     table = {}
 
-    generators = [f.parent for f in sorted(HERE.glob("*/model_index.json"))]
-    with torch.no_grad():
-        vae = AutoencoderKL.from_pretrained(generators[0], subfolder="vae", dtype=torch.float32).eval()
-        x = signed(images)
-        y = torch.cat([vae.decode(vae.encode(b).latent_dist.mean).sample.clamp(-1, 1) for b in x.split(100)])
-        psnr = -10 * ((x - y) / 2).square().flatten(1).mean(1).log10()
-        shown = ((y / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        table["vae"] = {"parameters": count(vae), "PSNR (dB)": float(psnr.mean()), "checker on reconstructions": float(np.mean([draw.check(i, c[0]) for i, c in zip(shown, captions)]))}
+    generators = [HERE / name for name in ("sd3.5-medium", "sd3.5-large", "flux") if (HERE / name / "model_index.json").exists()]
+    for name, backbone in (("vae", "sd3.5-medium"), ("flux-vae", "flux")):
+        if HERE / backbone in generators:
+            backbone = common.Backbone(backbone)
+            with torch.no_grad():
+                y = torch.cat([backbone.decode(backbone.encode_image(b.float() / 255)) for b in images.split(100)])
+            psnr = -10 * (images.float() / 255 - y).square().flatten(1).mean(1).log10()
+            found = [draw.check(i, c[0]) for i, c in zip((y * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), captions)]
+            table[name] = {"parameters": count(backbone.vae), "PSNR (dB)": float(psnr.mean()), "checker on reconstructions": float(np.mean(found))}
     for name in ("clip", "dfn-clip", "hpsv2", "judge"):
         if (HERE / name / "open_clip_model.safetensors").exists():
             clip = load_clip(HERE / name)
@@ -545,24 +695,30 @@ def quality(work):
     if (HERE / "aesthetic/aesthetic_head.safetensors").exists():
         head, clip = aesthetic_head(64).eval(), load_clip(HERE / "aesthetic")
         head.load_state_dict({k.removeprefix("layers."): v.float() for k, v in load_file(HERE / "aesthetic/aesthetic_head.safetensors").items()})
-        marks = np.array([np.array(r.split()[2:12], float) @ np.arange(1, 11) / np.array(r.split()[2:12], float).sum() for r in (data / "ava/AVA.txt").read_text().splitlines()])
-        shown = torch.from_numpy(np.stack([read(data / "ava/images" / f"{k + 1}.png") for k in range(len(marks))])).permute(0, 3, 1, 2)
+        lines = np.array([line.split() for line in (data / "ava/AVA.txt").read_text().splitlines()], int)
+        marks = lines[:, 2:12] @ np.arange(1, 11) / lines[:, 2:12].sum(1)
+        shown = torch.from_numpy(np.stack([read(data / "ava/images" / f"{k}.png") for k in lines[:, 1]])).permute(0, 3, 1, 2)
         with torch.no_grad():
             score = head(clip.encode_image(pixels(shown), normalize=True))[:, 0]
         table["aesthetic"] = {"parameters": count(head) + count(clip), "srcc": float(spearmanr(score, marks).statistic)}
     prompts = (data / "drawbench.txt").read_text().splitlines()
     geneval = [json.loads(line) for line in (data / "geneval.jsonl").read_text().splitlines()]
     for folder in generators:
-        transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=torch.float32).eval()
-        text = [CLIPTextModelWithProjection.from_pretrained(folder, subfolder=s, dtype=torch.float32).eval() for s in ("text_encoder", "text_encoder_2")]
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32).eval()
-        row = table[folder.name] = {"parameters": count(transformer) + sum(map(count, text))}
-        for cfg in (1.0, 4.5):
-            shown = sample(transformer, text, vae, prompts, cfg, 28, seed=0).permute(0, 2, 3, 1).numpy()
-            row[f"checker, cfg {cfg}"] = float(np.mean([draw.check(i, p) for i, p in zip(shown, prompts)]))
-        shown = sample(transformer, text, vae, [m["prompt"] for m in geneval], 4.5, 28, seed=1).permute(0, 2, 3, 1).numpy()
-        tasks = {t: np.mean([draw.check(i, m) for i, m in zip(shown, geneval) if m["tag"] == t]) for t in draw.TASKS}
-        row["geneval, cfg 4.5"] = float(np.mean(list(tasks.values())))
+        backbone = common.Backbone(folder.name)
+        condition, wanted, null = (common.encode_prompts(backbone, p) for p in (prompts, [m["prompt"] for m in geneval], [""]))
+        row = table[folder.name] = {"parameters": count(backbone.transformer)}
+        grid = backbone.grid(28, torch.zeros(1, 16, 8, 8))
+
+        def shown(condition, strength, seed):  # FLUX embeds its guidance, SD 3.5 runs twice
+            how = dict(guidance=strength) if "single_transformer_blocks" in dict(backbone.transformer.named_children()) else dict(null=null, cfg=strength)
+            return sample(lambda z, s: backbone.velocity(z, s, condition, **how), backbone.vae, grid, len(condition[0]), seed).permute(0, 2, 3, 1).numpy()
+
+        usual = 3.5 if folder.name == "flux" else 4.5
+        for strength in (1.0, usual):
+            row["checker, unguided" if strength == 1 else "checker, guided"] = float(np.mean([draw.check(i, p) for i, p in zip(shown(condition, strength, 0), prompts)]))
+        images = shown(wanted, usual, 1)
+        tasks = {t: np.mean([draw.check(i, m) for i, m in zip(images, geneval) if m["tag"] == t]) for t in draw.TASKS}
+        row["geneval, guided"] = float(np.mean(list(tasks.values())))
     for name, row in table.items():
         if name in minutes:
             row["minutes, one thread"] = minutes[name]
@@ -576,8 +732,8 @@ def print_quality(table):
 
 
 # ---------------------------------------------------------------------------- main
-TRAIN = {"vae": train_vae, "clip": train_clip, "judge": train_judge, "dfn-clip": train_dfn, "sd3.5-medium": train_generator,
-         "hpsv2": train_hpsv2, "aesthetic": train_aesthetic}
+TRAIN = {"vae": train_vae, "clip": train_clip, "judge": train_judge, "dfn-clip": train_dfn, "sd3.5-medium": train_medium, "hpsv2": train_hpsv2,
+         "aesthetic": train_aesthetic, "sd3.5-large": train_large, "flux-vae": lambda work: train_vae(work, "flux-vae", 11, (1000, 1800)), "flux": train_flux}
 
 
 def main(argv=None):
@@ -590,7 +746,7 @@ def main(argv=None):
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
     for name in args.only or TRAIN:
-        done = work / "vae/config.json" if name == "vae" else HERE / name / ("model_index.json" if name.startswith(("sd3", "flux")) else "open_clip_model.safetensors")
+        done = vae_folder(work, name) / "config.json" if name.endswith("vae") else HERE / name / ("model_index.json" if name.startswith(("sd3", "flux")) else "open_clip_model.safetensors")
         if not done.exists():
             minutes = TRAIN[name](work)
             log = work / f"{name}.minutes"
