@@ -13,16 +13,17 @@ Departs from the paper: DiT tokens are resampled to the reward's patch grid befo
         and bilinear resampling commute) and keeps 200 images of 24 blocks at 4 GB. Latents are cached instead of encoded in every epoch.
 """
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import (Backbone, Reward, add_noise, begin, dit_blocks, encode_prompts, fail, generator, list_images, parse_stage, read_image,
-                    replacing, resample, run_blocks, save_artifact, square, stage_parser, to_tokens, tokens_by_depth)
+from common import (Backbone, Reward, add_noise, begin, count, dit_blocks, encode_prompts, fail, generator, gib, list_images, meta_backbone, parse_stage,
+                    read_image, replacing, report_dry_run, resample, run_blocks, save_artifact, square, stage_parser, to_tokens, tokens_by_depth)
 
-PRESETS = {"mini": dict(images="tests/mini/data/train", resolution=64, batch=100),
+PRESETS = {"mini": dict(images="tests/mini/data/train", ava="tests/mini/data/ava", hpdv2="tests/mini/data/hpdv2", resolution=64, batch=100),
            "24gb": dict(resolution=512, batch=8),
            "paper": dict(resolution=1024, batch=8)}
 
@@ -30,7 +31,9 @@ PRESETS = {"mini": dict(images="tests/mini/data/train", resolution=64, batch=100
 def parse_args(argv=None):
     p = stage_parser(__doc__, PRESETS)
     p.add_argument("--images", help="folder of training images, searched recursively")
-    p.add_argument("--resolution", type=int, help="side of the square images in pixels")
+    p.add_argument("--ava", help="AVA's folder: training images in its test.jpgl are refused")
+    p.add_argument("--hpdv2", help="HPDv2's folder: training images in its test.json are refused")
+    p.add_argument("--skip-test", action="store_true", help="leave test images out instead of refusing")
     p.add_argument("--limit", type=int, help="use this many images at most")
     p.add_argument("--probe", type=int, default=200, help="held-out images for the fit (App. C.1: 200)")
     p.add_argument("--j-max", type=int, default=4, help="deepest reward block that is a candidate (App. C.1: 4)")
@@ -61,6 +64,22 @@ def read_square(path, size):
         return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
 
 
+def drop_test_images(names, ava, hpdv2, skip):
+    """The names without those that a benchmark tests on (AVA by image id, HPDv2 by file name); refuses them unless `skip`."""
+    lists = {}
+    for folder, file, ids in ((ava, "test.jpgl", lambda text: set(text.split())), (hpdv2, "test.json", lambda text: {Path(p).stem for row in json.loads(text) for p in row["image_path"]})):
+        if folder:
+            if not (Path(folder) / file).exists():
+                fail(f"{Path(folder) / file} does not exist: it lists the test images, which must not train")
+            lists[str(Path(folder) / file)] = ids((Path(folder) / file).read_text())
+    test = {n for n in names if any(Path(n).stem in ids for ids in lists.values())}
+    if test and not skip:
+        fail(f"{len(test)} of the {len(names)} training images are test images of {' or '.join(lists)} ({sorted(test)[0]} for one): move them out or pass --skip-test")
+    if test:
+        print(f"left out {len(test)} test images")
+    return [n for n in names if n not in test]
+
+
 @torch.no_grad()
 def encode_files(root, names, backbone, reward, size, batch, bar):
     """Latents, reward pixels and names of the files that can be read, and {name: reason} of those that cannot."""
@@ -82,10 +101,31 @@ def encode_files(root, names, backbone, reward, size, batch, bar):
     return torch.cat(latents), torch.cat(pixels), good, bad
 
 
+def dry_run(args):
+    reward = Reward(args.reward, args.preset, "meta", weights=False)
+    backbone, null = meta_backbone(args.backbone)
+    x = torch.empty(args.batch, 3, args.resolution, args.resolution, device="meta")
+    z = torch.empty(args.batch, 16, args.resolution // 8, args.resolution // 8, device="meta", dtype=backbone.dtype)
+
+    def probe():
+        dit_features(backbone.transformer, z, z[:, 0, 0, 0].float(), null, reward.visual.grid_size)
+        tokens_by_depth(reward.visual, reward.normalise(reward.resize(x)), args.j_max)
+
+    cases = []
+    for method, step, models, n in (("latents", lambda: (backbone.encode_image(x), reward.resize(x)), [backbone.vae], args.limit or 100_000),
+                                    ("probe set", probe, [backbone.transformer, reward.model], args.probe)):
+        with torch.no_grad():
+            tflop, saved = count(step, models)
+        cases.append(dict(method=method, unit="image", tflop=tflop / args.batch, saved_gib=saved, peak_gib=gib(*models), n=n))
+    report_dry_run(args, "01_cache_features", cases, [backbone.transformer, backbone.vae, reward.model])
+
+
 def main(args):
+    if args.dry_run:
+        return dry_run(args)
     if not args.images:
         fail("--images DIR is needed: a folder of training images, such as AVA's and HPDv2's without their test images")
-    names = list_images(args.images)[:args.limit]
+    names = drop_test_images(list_images(args.images), args.ava, args.hpdv2, args.skip_test)[:args.limit]
     if len(names) < 16 or args.probe < 4:
         fail(f"{args.images} holds {len(names)} images and --probe is {args.probe}; at least 16 and 4 are needed")
     backbone = Backbone(args.backbone, args.preset, args.device, getattr(torch, args.dtype))

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import add_noise, fail, load_artifact, parse_stage, print_table, resample, save_artifact, save_figure, save_table, stage_parser, to_tokens
+from common import (Reward, add_noise, dit_blocks, fail, load_artifact, meta_backbone, parse_stage, print_table, report_dry_run, resample, save_artifact,
+                    save_figure, save_table, stage_parser, to_tokens)
 
-PRESETS = {"mini": dict(rank_by="relative"), "24gb": dict(rank_by="relative"), "paper": dict(rank_by="raw")}
+PRESETS = {"mini": dict(rank_by="relative"), "24gb": dict(rank_by="relative", resolution=512), "paper": dict(rank_by="raw", resolution=1024)}
 
 
 def parse_args(argv=None):
@@ -65,8 +66,21 @@ def draw_grid(rows, chosen, path):
     save_figure(figure, path)
 
 
+def dry_run(args):
+    """By formula, because no network runs here: least squares by SVD takes 4 M D^2 + 8 D^3 (Golub & Van Loan, Sec. 5.5), on the CPU in float64."""
+    reward = Reward(args.reward, args.preset, "meta", weights=False)
+    backbone, _ = meta_backbone(args.backbone)
+    d, D, M = reward.visual.conv1.out_channels, backbone.transformer.inner_dim, 200 * reward.visual.grid_size[0] ** 2
+    case = dict(method="closed form", unit="(i, j)", tflop=(4 * M * D * D + 8 * D ** 3 + 4 * M * D * d) / 1e12, saved_gib=0.0,
+                peak_gib=8 * M * (2 * D + 2 * d) / 2 ** 30, n=4 * len(dit_blocks(backbone.transformer)), tflops=0.2)
+    report_dry_run(args, "02_fit_stitch", [case], [])
+
+
 def main(args):
-    cache = load_artifact(Path(args.out) / "cache.pt", {"reward": args.reward, "backbone": args.backbone}, "01_cache_features.py")
+    if args.dry_run:
+        return dry_run(args)
+    expect = {"reward": args.reward, "backbone": args.backbone} | ({"resolution": args.resolution} if args.resolution else {})
+    cache = load_artifact(Path(args.out) / "cache.pt", expect, "01_cache_features.py")
     spec, probe = cache["spec"], cache["data"]["probe"]
     zt = add_noise(probe["z0"].float(), probe["eps"], probe["t"])
     fronts = [to_tokens(resample(zt, spec["reward_grid"], spec["antialias"])), *probe["dit"]]  # i = 0: the VAE stitch

@@ -11,7 +11,8 @@ Run     python 03_finetune.py                                    # the miniature
         python 03_finetune.py --front vae                        # baseline: the VAE stitch
         python 03_finetune.py --objective noisyclip              # baseline: an image tower on noisy latents, contrastive against the frozen text tower
 Departs from the paper: --embedding mean (default) regresses e~_RM with the raw embedding over the probe set's mean norm, not normalised, so that
-        V is the mean E[r | z_t] and on one scale at every noise level [D14]; --embedding unit is the paper's. sigma is logit-normal(0, 1) [D2].
+        V is the mean E[r | z_t] and on one scale at every noise level [D14]; --embedding unit is the paper's. sigma is logit-normal(0, 1) [D2], in the
+        miniature uniform, which measured better on the tuning split.
 """
 import json
 import math
@@ -22,13 +23,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (Backbone, Reward, Stitch, StitchedValue, add_noise, fail, generator, load_artifact, parse_stage, print_table, replacing,
-                    save_artifact, save_figure, save_table, stage_parser)
+from common import (Backbone, Reward, Stitch, StitchedValue, add_noise, average_over_processes, count, decay_at, fail, follow, generator, gib, keep_blocks,
+                    load_artifact, meta_backbone, meta_value, parse_stage, print_table, processes, report_dry_run, save_artifact, save_figure, save_table,
+                    save_training, stage_parser)
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
-PRESETS = {"mini": dict(epochs=12, batch=64, lr=5e-4, warmup=50, schedule="cosine", ema=0.0, captions="tests/mini/data/train_captions.json"),
-           "24gb": dict(epochs=5, batch=16, lr=1e-5, warmup=100, schedule="constant", ema=0.0),
-           "paper": dict(epochs=5, batch=128, lr=1e-5, warmup=100, schedule="constant", ema=0.0)}
+KEPT_TARGETS = 2 ** 30  # bytes of targets that are kept in memory; the published towers' are computed at every step
+PRESETS = {"mini": dict(epochs=12, batch=32, lr=2e-3, sigma_law="uniform", warmup=50, schedule="cosine", ema=0.0, captions="tests/mini/data/train_captions.json"),
+           "24gb": dict(epochs=5, batch=32, micro_batch=4, lr=1e-5, sigma_law="logit-normal", warmup=100, schedule="constant", ema=0.0, resolution=512),
+           "paper": dict(epochs=5, batch=128, micro_batch=16, lr=1e-5, sigma_law="logit-normal", warmup=100, schedule="constant", ema=0.0, resolution=1024)}
 
 
 def parse_args(argv=None):
@@ -36,11 +39,12 @@ def parse_args(argv=None):
     p.add_argument("--front", choices=("dit", "vae"), default="dit", help="dit: StitchVM; vae: u^{<=i} is the identity on the noisy latent")
     p.add_argument("--objective", choices=("distill", "noisyclip"), default="distill")
     p.add_argument("--embedding", choices=("mean", "unit"), default="mean", help="what the stitched embedding estimates [D14]")
-    p.add_argument("--sigma-law", choices=("logit-normal", "uniform"), default="logit-normal", help="[D2]")
+    p.add_argument("--sigma-law", choices=("logit-normal", "uniform"), help="[D2]: the paper's is centre-biased; in the miniature uniform measures best")
     p.add_argument("--lam-tok", type=float, default=1.0, help="weight of the token loss (78)")
     p.add_argument("--epochs", type=float, help="passes over the cached images (App. D.1: 5; VAE stitch: 15)")
     p.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
-    p.add_argument("--batch", type=int)
+    p.add_argument("--batch", type=int, help="of each process")
+    p.add_argument("--micro-batch", type=int, help="images of a batch that go through the tail at once, to save memory (default: all)")
     p.add_argument("--lr", type=float, help="of the tail; the stitching layer gets --stitch-lr times as much")
     p.add_argument("--stitch-lr", type=float, default=5.0)
     p.add_argument("--warmup", type=int)
@@ -80,6 +84,26 @@ def noisyclip_loss(e, text, scale):
     logits, label = (scale * e @ text.T).masked_fill(same, -math.inf), torch.arange(len(text), device=text.device)
     loss = 0.5 * (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label))
     return loss, {"contrastive": loss}
+
+
+@torch.no_grad()
+def clean_target(reward, pixels):
+    """Of clean images (B, 3, s, s) in [0, 1]: the reward's unit embedding e_RM (B, E) and its tokens after ln_post h_RM (B, N, d)."""
+    raw, h_rm = reward.embed(pixels)
+    return F.normalize(raw, dim=-1), h_rm
+
+
+def step_loss(model, reward, zt, t, target, objective="distill", lam_tok=1.0, text=None, scale=None):
+    """The loss of one batch and its parts: zt (B, C, h, w) at t (B,), target the clean images' (e_RM, h_RM), or for 'noisyclip' text (B, E) and scale."""
+    with torch.no_grad():
+        features, _ = model.features(zt, t)
+    e, h = (v.float() for v in model.head(features))
+    if objective == "noisyclip":
+        return noisyclip_loss(e, text, scale)
+    e_rm, h_rm = target
+    if reward.head is not None:
+        return aesthetic_loss(e, h, reward.score(e), e_rm, h_rm, reward.score(e_rm))
+    return distill_loss(e, h, e_rm, h_rm, lam_tok)
 
 
 def learning_rate(step, steps, warmup, schedule):
@@ -126,7 +150,7 @@ def load_captions(path, names):
 
 
 @torch.no_grad()
-def validate(model, reward, z0, target, eps, batch=100):
+def validate(model, z0, target, eps, batch=100):
     """Error of the embedding on held-out images at each sigma: mean squared distance to e_RM, and that of the constant mean, for scale."""
     rows = {}
     for sigma, noise in zip(SIGMAS, eps):
@@ -136,12 +160,14 @@ def validate(model, reward, z0, target, eps, batch=100):
 
 
 def main(args):
+    if args.dry_run:
+        return dry_run(args)
     kind = "noisyclip" if args.objective == "noisyclip" else "vae" if args.front == "vae" else None
     suffix = f"_{kind}" if kind else ""
     path = Path(args.value or Path(args.out) / f"value{suffix}.pt")
     if args.objective == "noisyclip":
         args.front, args.embedding = "vae", "unit"
-    expect = {"reward": args.reward, "backbone": args.backbone}
+    expect = {"reward": args.reward, "backbone": args.backbone} | ({"resolution": args.resolution} if args.resolution else {})
     cache = load_artifact(Path(args.out) / "cache.pt", expect, "01_cache_features.py")
     stitch = load_artifact(Path(args.out) / "stitch.pt", expect | {"latent_space": cache["spec"]["latent_space"], "resolution": cache["spec"]["resolution"]}, "02_fit_stitch.py")
     fit, probe = stitch["data"][args.front], cache["data"]["probe"]
@@ -149,11 +175,19 @@ def main(args):
     reward = Reward(args.reward, args.preset, device)
     if args.objective == "noisyclip" and not reward.uses_text:
         fail(f"{args.reward} has no text tower to train NoisyCLIP against; leave --objective noisyclip out")
-    transformer = Backbone(args.backbone, args.preset, device, getattr(torch, args.dtype), vae=False).transformer if args.front == "dit" else None
+    if args.objective == "noisyclip" and args.micro_batch:
+        fail("--objective noisyclip contrasts the whole batch: pass --micro-batch 0")
+    transformer = None
+    if args.front == "dit":
+        transformer = Backbone(args.backbone, args.preset, device, getattr(torch, args.dtype)).transformer
+        keep_blocks(transformer, fit["i"])  # V needs no more of it
     norm = probe["embedding_norm"]
     model = StitchedValue(transformer, [v.to(device) for v in cache["data"]["null"]], reward, Stitch(fit["W"], fit["bias"], cache["spec"]["reward_grid"], cache["spec"]["antialias"]),
                           fit["i"], fit["j"], fit["cls"], args.front, args.embedding, norm).to(device)
     data = Cached(args.out, cache["data"]["shards"])
+    if args.dtype == "bfloat16":  # the tail computes in half precision; its weights and the target stay float32
+        model.head = torch.autocast(device.type, torch.bfloat16)(model.head)
+    text_of = scale = None
     if args.objective == "noisyclip":
         captions = load_captions(args.captions, data.names())
         texts = sorted({c for cs in captions for c in cs})
@@ -161,7 +195,20 @@ def main(args):
         text_of, caption_rows = reward.encode_text(texts), [[row[c] for c in cs] for cs in captions]
         scale = reward.model.logit_scale.exp().item()
 
-    steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
+    def targets(index):
+        """Of the images at index: the same in every epoch, so kept where all of them are small."""
+        if kept is not None:
+            return [v[index].to(device) for v in kept]
+        return clean_target(reward, data.rows(index, "pixels")[0].to(device).float() / 255)
+
+    kept = None
+    if args.objective != "noisyclip" and len(data) * sum(v.nbytes for v in targets(torch.zeros(1, dtype=torch.long))) < KEPT_TARGETS:
+        kept = [torch.cat(v) for v in zip(*([v.cpu() for v in targets(rows)] for rows in torch.arange(len(data)).split(args.batch)))]
+
+    rank, world = processes()
+    if args.objective == "noisyclip" and world > 1:
+        fail("--objective noisyclip contrasts the whole batch, which several processes do not hold: run it as one")
+    steps = args.steps or math.ceil(args.epochs * len(data) / (args.batch * world))
     slow = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("stitch")]
     optimizer = torch.optim.AdamW([dict(params=slow, lr=args.lr), dict(params=list(model.stitch.parameters()), lr=args.lr * args.stitch_lr)],
                                   weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
@@ -169,8 +216,8 @@ def main(args):
     draw, start, rows, seconds = generator(args.seed, "train"), 0, [], 0.0
     average = {k: v.clone() for k, v in model.trained_state().items()} if args.ema else None
     running = path.with_suffix(".train")
-    must_agree = {"stitch": stitch["id"], "steps": steps} | {k: getattr(args, k) for k in (
-        "seed", "front", "objective", "embedding", "sigma_law", "lam_tok", "batch", "lr", "stitch_lr", "warmup", "schedule", "ema", "log_every")}
+    must_agree = {"stitch": stitch["id"], "steps": steps, "processes": world} | {k: getattr(args, k) for k in (
+        "seed", "front", "objective", "embedding", "sigma_law", "lam_tok", "batch", "micro_batch", "lr", "stitch_lr", "warmup", "schedule", "ema", "log_every")}
     if args.resume:
         saved = load_artifact(running, must_agree, "03_finetune.py")["data"]
         model.load_state_dict(saved["state"], strict=False), optimizer.load_state_dict(saved["optimizer"]), draw.set_state(saved["draw"].clone())
@@ -179,62 +226,64 @@ def main(args):
 
     with torch.no_grad():
         z0 = probe["z0"].float().to(device)
-        target = F.normalize(reward.embed(probe["pixels"].to(device).float() / 255)[0], dim=-1)
+        held_out = clean_target(reward, probe["pixels"].to(device).float() / 255)[0]
         noise = [torch.randn(z0.shape, generator=generator(args.seed, "validate", s)).to(device) for s in SIGMAS]
     frozen = sum(p.numel() for p in transformer.parameters()) if transformer is not None else 0
-    print(f"{args.front} front, i = {fit['i']}, j = {fit['j']}; {sum(p.numel() for p in slow) + sum(p.numel() for p in model.stitch.parameters()):,} trained parameters "
-          f"({frozen:,} frozen in the backbone); {len(data)} images x {steps * args.batch / len(data):.1f} epochs = {steps} steps of {args.batch}")
+    if rank == 0:
+        print(f"{args.front} front, i = {fit['i']}, j = {fit['j']}; {sum(p.numel() for p in slow) + sum(p.numel() for p in model.stitch.parameters()):,} trained parameters "
+              f"({frozen:,} frozen in the backbone); {len(data)} images x {steps * args.batch * world / len(data):.1f} epochs = {steps} steps of {args.batch}{f' x {world} processes' if world > 1 else ''}")
 
     def checkpoint(step):
-        with replacing(running) as temporary:
-            torch.save(dict(format=1, spec=must_agree, provenance=dict(command="03_finetune.py"), data=dict(
-                state=model.trained_state(), optimizer=optimizer.state_dict(), draw=draw.get_state(), step=step, rows=rows, seconds=seconds, average=average)), temporary)
+        if rank > 0:
+            return
+        save_training(running, "03_finetune", must_agree, dict(
+            state=model.trained_state(), optimizer=optimizer.state_dict(), draw=draw.get_state(), step=step, rows=rows, seconds=seconds, average=average))
 
-    began, logged, bad, sums, bar = time.time(), start, torch.zeros((), dtype=torch.bool, device=device), {}, tqdm(range(start, steps), initial=start, total=steps, desc="finetune")
+    began, logged, bad, sums, bar = time.time(), start, torch.zeros((), dtype=torch.bool, device=device), {}, tqdm(range(start, steps), initial=start, total=steps, desc="finetune", disable=rank > 0)
     for step in bar:
-        index = torch.randint(len(data), (args.batch,), generator=draw)
-        t, eps = sample_sigma(args.batch, args.sigma_law, draw), torch.randn(args.batch, *z0.shape[1:], generator=draw)
-        latents, pixels = data.rows(index, "z0", "pixels")
+        # every process draws the whole batch and takes its share: the same data as one process with a batch as large as all of theirs
+        index = torch.randint(len(data), (args.batch * world,), generator=draw)
+        t, eps = sample_sigma(len(index), args.sigma_law, draw), torch.randn(len(index), *z0.shape[1:], generator=draw)
+        chosen = torch.randint(1 << 30, (len(index),), generator=draw) if args.objective == "noisyclip" else index
+        index, t, eps, chosen = (v[rank * args.batch:(rank + 1) * args.batch] for v in (index, t, eps, chosen))
+        latents, = data.rows(index, "z0")
         zt, t = add_noise(latents.float(), eps, t).to(device), t.to(device)
-        with torch.no_grad():
-            features, _ = model.features(zt, t)
-            if args.objective == "distill":
-                raw, h_rm = reward.embed(pixels.to(device).float() / 255)
-                e_rm = F.normalize(raw, dim=-1)
-        e, h = model.head(features)
-        if args.objective == "noisyclip":
-            chosen = torch.randint(1 << 30, (args.batch,), generator=draw).tolist()
-            loss, parts = noisyclip_loss(e, text_of[[caption_rows[k][c % len(caption_rows[k])] for k, c in zip(index.tolist(), chosen)]], scale)
-        elif reward.head is not None:
-            loss, parts = aesthetic_loss(e, h, reward.score(e), e_rm, h_rm, reward.score(e_rm))
-        else:
-            loss, parts = distill_loss(e, h, e_rm, h_rm, args.lam_tok)
+        text = text_of[[caption_rows[k][c % len(caption_rows[k])] for k, c in zip(index.tolist(), chosen.tolist())]] if args.objective == "noisyclip" else None
         for group, lr in zip(optimizer.param_groups, peak):
             group["lr"] = lr * learning_rate(step, steps, args.warmup, args.schedule)
         optimizer.zero_grad()
-        loss.backward()
+        total, micro = {}, args.micro_batch or args.batch
+        for k in range(0, args.batch, micro):
+            part, share = slice(k, k + micro), min(micro, args.batch - k) / args.batch
+            target = None if args.objective == "noisyclip" else targets(index[part])
+            loss, parts = step_loss(model, reward, zt[part], t[part], target, args.objective, args.lam_tok, text, scale)
+            (share * loss).backward()
+            total = {k: total.get(k, 0) + share * v.detach() for k, v in {"loss": loss, **parts}.items()}
+        average_over_processes([p.grad for g in optimizer.param_groups for p in g["params"]])
         optimizer.step()
         if args.ema:
-            state, decay = model.trained_state(), min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.values()), [state[k] for k in average], 1 - decay)
-        bad |= ~loss.detach().isfinite()  # no host-device sync inside the loop: looked at when a line is logged
-        for k, v in {"loss": loss, **parts}.items():
-            sums[k] = sums.get(k, 0) + v.detach()
+            state = model.trained_state()
+            follow(list(average.values()), [state[k] for k in average], decay_at(step, args.ema))
+        bad |= ~total["loss"].isfinite()  # no host-device sync inside the loop: looked at when a line is logged
+        sums = {k: sums.get(k, 0) + v for k, v in total.items()}
         save = (step + 1) % args.save_every == 0 or step + 1 == steps
         if (step + 1) % args.log_every == 0 or save:  # a checkpoint is written only after the loss was found finite
             if bad:
                 fail(f"the loss became NaN or infinite before step {step + 1}; the last good state is {running if running.exists() else 'the stitch'}; lower --lr and use --resume or start again")
             seconds, began = seconds + time.time() - began, time.time()
+            average_over_processes(list(sums.values()))
             count, logged = step + 1 - logged, step + 1
             rows.append(dict(step=step + 1, seconds=round(seconds, 2), **{k: float(v) / count for k, v in sums.items()}))
             sums = {}
             bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}")
         if save:
             if args.objective == "distill":
-                rows[-1].update(validate(model, reward, z0, target, noise))
+                rows[-1].update(validate(model, z0, held_out, noise))
                 tqdm.write(f"step {step + 1}/{steps}  loss {rows[-1]['loss']:.4f}  " + "  ".join(f"{k} {rows[-1][k]:.4f}" for k in rows[-1] if k.startswith("val_")))
             checkpoint(step + 1)
 
+    if rank > 0:
+        return
     if args.ema:
         model.load_state_dict(average, strict=False)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.trained_state().items()}
@@ -244,6 +293,28 @@ def main(args):
     running.unlink(missing_ok=True)
     curve(rows, Path(args.out) / f"03_finetune{suffix}.png")
     print_table(rows[-1:], rows[-1].keys())
+
+
+def dry_run(args):
+    reward = Reward(args.reward, args.preset, "meta", weights=False)
+    backbone, null = meta_backbone(args.backbone)
+    noisy, cases = args.objective == "noisyclip", []
+    for i in (0,) if noisy or args.front == "vae" else (12, 4):  # a late stitch, and the paper's for CLIP on SD 3.5 Medium: the search decides
+        keep_blocks(backbone.transformer, i)
+        model, latent = meta_value(backbone, null, reward, i, args.resolution)
+        B = min(args.micro_batch or args.batch, args.batch)
+        z, pixels = torch.empty(B, *latent, device="meta"), torch.empty(B, 3, reward.size, reward.size, device="meta")
+        text = torch.empty(B, reward.visual.output_dim, device="meta")
+        step = lambda: step_loss(model, reward, z, z[:, 0, 0, 0], None if noisy else clean_target(reward, pixels), args.objective, args.lam_tok, text, 100.0)[0].backward()
+        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        front = [backbone.transformer] if i else []
+        weights = gib(*front, reward.visual, model) + 12 * learns / 2 ** 30  # float32 gradient and AdamW's two moments
+        model.bfloat16().stitch.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(),))  # stands for autocast, which the meta device lacks
+        tflop, saved = count(step, [model, reward.visual, *front])
+        steps = args.steps or math.ceil(args.epochs * 100_000 / args.batch)
+        method = "noisyclip" if noisy else f"stitchvm, i = {i}" if i else "vae-stitch"
+        cases.append(dict(method=method, unit=f"step of {args.batch}", tflop=tflop * args.batch / B, saved_gib=saved, peak_gib=weights + saved, n=steps))
+    report_dry_run(args, "03_finetune", cases, [*front, reward.visual], [model])
 
 
 def curve(rows, path):

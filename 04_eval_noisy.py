@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (Backbone, Reward, add_noise, encode_prompts, fail, generator, load_value, parse_stage, print_table, read_image,
-                    save_figure, save_table, square, stage_parser, tweedie)
+from common import (Backbone, Reward, add_noise, count, encode_prompts, fail, generator, gib, load_value, meta_backbone, meta_value, parse_stage, print_table,
+                    read_image, report_dry_run, save_figure, save_table, square, stage_parser, tweedie)
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MINI = {name: f"tests/mini/data/{name}" for name in ("coco", "flickr30k", "hpdv2", "imagereward", "ava")}
@@ -37,7 +37,6 @@ def parse_args(argv=None):
     p.add_argument("--hpdv2", help="folder with test.json and test/ (ranked lists)")
     p.add_argument("--imagereward", help="folder with test.json and its images (ranked lists)")
     p.add_argument("--ava", help="folder with AVA.txt, images/ and test.jpgl (votes)")
-    p.add_argument("--resolution", type=int)
     p.add_argument("--limit", type=int, help="use this many images of each benchmark at most")
     p.add_argument("--draws", type=int, default=2, help="noise draws for each image and sigma")
     p.add_argument("--mc-images", type=int, default=40, help="images of the first benchmark for Monte Carlo; value_mse_shared compares all methods on them")
@@ -74,7 +73,10 @@ def hpdv2_accuracy(scores, ranks):
 
 
 def imagereward_accuracy(scores, ranks):
-    """One prompt's (correct pairs, pairs): human ties are left out, equal scores are wrong (ImageReward's test.py, pooled over pairs)."""
+    """One prompt's (correct pairs, pairs): human ties are left out, equal scores are wrong.
+
+    ImageReward's test.py pools the pairs of all prompts (imagereward_accuracy); HPSv2's evaluate_IR averages over prompts (…_by_prompt).
+    """
     better = ranks[:, None] < ranks[None]
     return int((better & (scores[:, None] > scores[None])).sum()), int(better.sum())
 
@@ -184,7 +186,7 @@ def measure(bench, e, text, subset=None):
     if bench["kind"] == "hpdv2":
         return {"hpdv2_accuracy": torch.tensor([hpdv2_accuracy(s, r) for s, r in groups])}
     counts = torch.tensor([imagereward_accuracy(s, r) for s, r in groups], dtype=torch.float64)
-    return {"imagereward_accuracy": counts}
+    return {"imagereward_accuracy": counts, "imagereward_accuracy_by_prompt": (counts[:, 0] / counts[:, 1])[counts[:, 1] > 0]}
 
 
 def summary(draws, metric, n):
@@ -200,6 +202,20 @@ def summary(draws, metric, n):
         residual = units[:, 0] - value * units[:, 1]
         return float(value), float(residual.std() * len(units) ** 0.5 / units[:, 1].sum())
     return float(units.mean()), float(units.std() / len(units) ** 0.5) if len(units) > 1 else None
+
+
+def embed_files(files, backbone, reward, resolution, batch):
+    """Of image files: latents of the centre square (n, C, h, w), its unit embeddings (n, E), and those of the whole file by the reward's own transform."""
+    rows = []
+    for k in tqdm(range(0, len(files), batch), desc="images", leave=False):
+        try:
+            images = [read_image(f) for f in files[k:k + batch]]
+        except (OSError, ValueError) as e:
+            fail(f"a benchmark image cannot be read ({e}); a benchmark is scored whole: get the file again")
+        x = torch.stack([square(i, resolution) for i in images]).to(backbone.device).float() / 255
+        own = torch.stack([reward.transform(i) for i in images]).to(backbone.device)
+        rows.append((backbone.encode_image(x), *(F.normalize(v, dim=-1) for v in (reward.embed(x)[0], reward.visual(own)))))
+    return tuple(torch.cat(v) for v in zip(*rows))
 
 
 # ---- estimators
@@ -245,7 +261,28 @@ def cost(call, z, sigma, repeats=5):
 
 
 @torch.no_grad()
+def dry_run(args):
+    reward = Reward(args.reward, args.preset, "meta", weights=False)
+    backbone, null = meta_backbone(args.backbone)
+    values = {f"stitchvm, i = {i}": meta_value(backbone, null, reward, i, args.resolution)[0] for i in (4, 12)}
+    z, sigma = torch.empty(1, 16, args.resolution // 8, args.resolution // 8, device="meta"), torch.empty(1, device="meta")
+    calls = {name: (lambda model: lambda: model.embed(z, sigma))(model) for name, model in values.items()}
+    calls["tweedie"] = lambda: Tweedie(backbone, reward, null).embed(z, sigma)
+    grid = torch.linspace(1, 0, args.rollout_steps + 1)
+    calls["mc-1"] = lambda: rollout_embeddings(backbone, reward, null, z, 0.5, grid, 1, generator(0), 1)
+    weights = gib(backbone.transformer, reward.model)
+    cases = []
+    for name, call in calls.items():
+        tflop, saved = count(call)
+        peak = weights + (gib(values[name]) if name in values else gib(backbone.vae))
+        cases.append(dict(method=name, unit="value at sigma 0.5", tflop=tflop, saved_gib=saved, peak_gib=peak, n=5 * 2 * 5000))  # five sigmas, two draws, COCO's 5,000 images
+    report_dry_run(args, "04_eval_noisy", cases, [backbone.transformer, backbone.vae, reward.model])
+
+
+@torch.no_grad()
 def main(args):
+    if args.dry_run:
+        return dry_run(args)
     device = torch.device(args.device)
     reward = Reward(args.reward, args.preset, device)
     benches = load_benchmarks(args, reward)
@@ -267,15 +304,13 @@ def main(args):
 
     rows = []
     for bench_name, bench in benches.items():
-        x = torch.stack([square(read_image(f), args.resolution) for f in bench["files"]])
-        z0 = torch.cat([backbone.encode_image(b.float() / 255) for b in x.split(args.batch)])
-        e_rm = torch.cat([F.normalize(reward.embed(b.to(device).float() / 255)[0], dim=-1) for b in x.split(args.batch)])
+        z0, e_rm, clean = embed_files(bench["files"], backbone, reward, args.resolution, args.batch)
         text = reward.encode_text(bench["texts"]) if reward.uses_text else None
         score = lambda e: (e @ text.T if reward.uses_text else reward.score(e)).cpu()  # (n, m), or (n,) without text
         comparable = lambda e: e.cpu() if reward.uses_text else score(e)
         first = bench_name == next(iter(benches))
         sub = monte_carlo_images(bench, args.mc_images) if first and "mc" in args.methods else 0
-        r, n = score(e_rm), len(x)
+        r, n = score(e_rm), len(z0)
 
         def add_rows(method, sigma, draws, own, **about):
             results = [measure(bench, comparable(e), text.cpu() if reward.uses_text else None, subset=own < n) for e in draws]
@@ -283,7 +318,7 @@ def main(args):
                 value, se = summary([m[metric] for m in results], metric, own)
                 rows.append(dict(method=method, benchmark=bench_name, sigma=sigma, metric=metric, value=value, value_se=se, n=own, draws=len(draws), **about))
 
-        add_rows("clean", 0.0, [e_rm], n)
+        add_rows("clean", 0.0, [clean], n)
         for sigma in tqdm(SIGMAS, desc=bench_name):
             eps = [torch.randn(z0.shape, generator=generator(args.seed, bench_name, sigma, d)).to(device) for d in range(args.draws)]
             level = lambda n: torch.full((n,), sigma, device=device)
@@ -387,7 +422,8 @@ def draw_quality(rows, bench, path, title):
             axis.plot([r["sigma"] for r in mine], [r["value_mse_shared"] for r in mine], marker="o", ms=4, ls={"mc-1": ":", "mc-4": "-.", "mc-16": "-"}.get(name, "-"), color=COLOURS[name], label=name)
     axis.set(xlabel="sigma", yscale="log", title="error of the value, (V - r)^2")
     for axis in axes[0]:
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     save_figure(figure, path)

@@ -27,13 +27,18 @@ def shaken(module, scale=0.1):
     return module.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def sd3():
+def small_sd3():
+    """Four random blocks, the first two with a second attention, the last without text output."""
     torch.manual_seed(0)
     return shaken(SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=4, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=20, pos_embed_max_size=8, dual_attention_layers=(0, 1),
         qk_norm="rms_norm"))
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    return small_sd3()
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +261,24 @@ def write_clip(folder, quick_gelu=True, **preprocess):
     return folder
 
 
+NULL = [torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(5)), torch.randn(1, 20, generator=torch.Generator().manual_seed(6))]
+
+
+def two_rewards(folders):
+    """Rewards that differ, on pytest's tmp_path_factory."""
+    one, two = (common.Reward(str(write_clip(folders.mktemp(name) / "small", quick_gelu=quick))) for name, quick in (("clip", True), ("other", False)))
+    shaken(two.visual)
+    return [one, two]
+
+
+def small_value(transformer, reward, i, **kwargs):
+    """The value of small_sd3 and a small CLIP, its stitch random."""
+    torch.manual_seed(i)
+    value = common.StitchedValue(transformer, NULL, reward, common.Stitch(torch.randn(64, 32) / 32 ** 0.5, torch.randn(64), (4, 4)), i, 1, **kwargs)
+    torch.nn.init.normal_(value.stitch.G[-1].weight, std=0.1)
+    return value.eval().requires_grad_(False)
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "small")
@@ -436,6 +459,19 @@ def test_gradient_reaches_z_and_only_what_is_trained(sd3, reward, j):
     assert all(p.grad is None and not p.requires_grad for p in reward.model.parameters())
 
 
+@pytest.mark.parametrize("i", [1, 2, 3])
+def test_keep_blocks_leaves_the_value_alone(transformer, reward, i):
+    """V needs the first i blocks only, of either class and either kind; a denoiser call, which needs them all, fails."""
+    transformer, (z, sigma, text, pooled) = copy.deepcopy(transformer), inputs()
+    value = stitched(transformer, reward, i=i)
+    before, size = value.embed(z, sigma), sum(p.numel() for p in transformer.parameters())
+    common.keep_blocks(transformer, i)
+    assert torch.equal(value.embed(z, sigma), before)
+    assert len(common.dit_blocks(transformer)) == i and sum(p.numel() for p in transformer.parameters()) < size
+    with pytest.raises(TypeError):
+        common.velocity(transformer, z, sigma, (text, pooled))
+
+
 def test_embedding_kinds_and_score(sd3, reward):
     """'unit' has norm 1, 'mean' is the raw embedding over `norm`; the value is the product with the text, one for all or one for each."""
     z, sigma, _, _ = inputs()
@@ -471,12 +507,12 @@ def pipeline(tmp_path_factory):
     """A small random SD3 pipeline on disk, as train.py saves the miniature's, with a scale and a shift that matter."""
     from diffusers import AutoencoderKL
     torch.manual_seed(4)
-    transformer, text = train.build_generator(dict(width=64, num_layers=2, dual=1))
+    transformer, text = train.build_generator(dict(width=64, num_layers=2, head=32, dual=1))
     vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False,
                         mid_block_add_attention=False, sample_size=64, scaling_factor=1.5, shift_factor=0.25)
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    train.save_pipeline(shaken(transformer), [shaken(m) for m in text], shaken(vae), folder)
+    train.save_sd3(shaken(transformer), [shaken(m) for m in text], shaken(vae), folder)
     return folder, [m.float() for m in text], vae.float()
 
 
@@ -490,6 +526,34 @@ def test_prompts_are_encoded_as_in_training(pipeline, backbone):
     prompts = ["a red circle", "", "two small blue stars on a white background"]
     for found, wanted in zip(common.encode_prompts(backbone, prompts, batch=2), train.encode_text(pipeline[1], train.tokenise(prompts))):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_flux_is_saved_and_read_as_it_was_trained(pipeline, tmp_path):
+    """Its own encode_prompt gives train.py's conditions, and the loaded transformer its velocities at any guidance."""
+    torch.manual_seed(6)
+    transformer, text = train.build_flux()
+    train.save_flux(shaken(transformer), [shaken(m) for m in text], copy.deepcopy(pipeline[2]), tmp_path / "tiny-flux")
+    backbone, prompts = common.Backbone(str(tmp_path / "tiny-flux")), ["a red circle", "", "two small blue stars on a white background"]
+    condition = common.encode_prompts(backbone, prompts, batch=2)
+    for found, wanted in zip(condition, train.encode_flux([m.float() for m in text], train.tokenise_flux(prompts))):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    z, sigma = torch.randn(3, 16, 8, 8), torch.tensor([0.2, 0.6, 0.9])
+    u = [backbone.velocity(z, sigma, condition, guidance=g) for g in (1.0, 3.5, torch.tensor([1.0, 1.0, 3.5]))]
+    assert (u[0] - u[1]).abs().max() > 1e-3
+    torch.testing.assert_close(u[2], torch.cat([u[0][:2], u[1][2:]]))
+    torch.testing.assert_close(u[0], common.velocity(transformer.float(), z, sigma, condition, guidance=1.0))
+
+
+def test_a_grown_generator_begins_as_the_small_one():
+    """Not quite: the layer norms divide by the new, empty channels as well."""
+    torch.manual_seed(7)
+    (small, text), (large, _) = (train.build_generator(dict(width=width, num_layers=n, head=width // 4, dual=1)) for width, n in ((64, 2), (72, 4)))
+    shaken(small)
+    z, sigma, condition = torch.randn(3, 16, 8, 8), torch.tensor([0.2, 0.6, 0.9]), train.encode_text(text, train.tokenise(["a red circle"] * 3))
+    before = common.velocity(large, z, sigma, condition)
+    train.grow(large, small)
+    wanted, grown = (common.velocity(m, z, sigma, condition) for m in (small, large))
+    assert (before - wanted).norm() > 0.8 * wanted.norm() and (grown - wanted).norm() < 0.4 * wanted.norm()
 
 
 def test_latents_are_shifted_and_scaled(pipeline, backbone):

@@ -76,7 +76,7 @@ def test_the_value_costs_less_than_tweedie(clip_run):
 @pytest.mark.parametrize("reward", ["hpsv2", "aesthetic", "dfn-clip"])
 def test_the_other_rewards_run(tmp_path, reward):
     for script in SHORT:
-        flags = ["--steps", "20"] if script.startswith("03") else []
+        flags = {"03_finetune.py": ["--steps", "20"], "04_eval_noisy.py": ["--mc-images", "3", "--rollouts", "2"]}.get(script, [])
         run(script, "--reward", reward, *flags, out=tmp_path)
     metrics = {r["metric"] for r in table(tmp_path, "04_eval_noisy")["rows"]}
     assert metrics == {"hpsv2": {"hpdv2_accuracy"}, "aesthetic": {"srcc"}, "dfn-clip": {"recall@1_i2t", "recall@1_t2i"}}[reward]

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import common
@@ -405,13 +404,11 @@ def test_rollouts_stay_with_their_latent():
 
 
 @pytest.fixture
-def head(tmp_path):
-    """The published head's layers at a tenth of the width."""
-    sizes, weights = (10, 24, 12, 8, 4, 1), {}
-    for k, (a, b) in zip((0, 2, 4, 6, 7), zip(sizes[:-1], sizes[1:])):
-        weights |= {f"layers.{k}.weight": torch.randn(b, a), f"layers.{k}.bias": torch.randn(b)}
-    save_file(weights, tmp_path / "head.safetensors")
-    return common.load_aesthetic_head(tmp_path / "head.safetensors")
+def head():
+    head = common.aesthetic_head(width=10)
+    for p in head.parameters():
+        p.normal_(0, p.shape[-1] ** -0.5)
+    return head
 
 
 @pytest.mark.parametrize("kind", ["text", "aesthetic"])
