@@ -70,8 +70,8 @@ def table(backbones, rewards):
         run("03_finetune.py", *flags)
         if backbone != "sd3.5-large":  # its VAE is sd3.5-medium's, and so are the values that read latents only
             run("03_finetune.py", *flags, "--front", "vae")
-            if reward != "aesthetic":
-                run("03_finetune.py", *flags, "--objective", "noisyclip")
+        if main and reward != "aesthetic":
+            run("03_finetune.py", *flags, "--objective", "noisyclip")
         run("04_eval_noisy.py", *flags, *([] if main else ["--methods", "stitchvm", "vae-stitch"]))
         name = reward if main else f"{backbone}_{reward}"
         for picture, figure in (("04_quality", "quality"), ("04_cost", "cost"), ("02_fit_stitch", "grid")) if main else ():
@@ -110,8 +110,27 @@ def quality_rows(rows, metric, methods, scale=1):
     return lines
 
 
+MAIN = {"clip": ("coco", "recall@1_i2t"), "dfn-clip": ("coco", "recall@1_i2t"), "hpsv2": ("hpdv2", "hpdv2_accuracy"), "aesthetic": ("ava", "srcc")}
+
+
+def twelve(results):
+    """Markdown: the value models of every pair and the VAE stitches of both VAEs, at the five noise levels (Table 5), and Medium's on Large's latents (Table 6)."""
+    lines = ["## Every pair", "", "| reward | | " + " | ".join(map(str, SIGMAS)) + " |", "|---" * 7 + "|"]
+    for reward, (benchmark, metric) in MAIN.items():
+        for name, label in (("", "sd3.5-medium"), ("sd3.5-large_", "sd3.5-large"), ("medium-on-large_", "sd3.5-medium's value, for sd3.5-large"), ("flux_", "flux")):
+            if (file := results / f"04_{name}{reward}.json").exists():
+                table = json.loads(file.read_text())
+                rows = [r for r in table["rows"] if r["benchmark"] == benchmark]
+                for line in quality_rows(rows, metric, ("clean",) * (not name) + ("stitchvm", *("vae-stitch",) * (name in ("", "flux_"))), 1 if metric == "srcc" else 100):
+                    method, cells = line[2:].split(" |", 1)
+                    what = {"clean": f"clean images, {metric}, n = {rows[0]['n']}", "stitchvm": label, "vae-stitch": f"VAE stitch, {'flux' if name else 'sd3.5'}'s VAE"}[method]
+                    lines.append(f"| {reward} | {what} |{cells}")
+    return [*lines, ""]
+
+
 def readme():
     results, front, page = ROOT / "assets/results", [], ["# Results", "", "Written by `python tests/mini/study.py readme` from the tables in this folder.", ""]
+    page += twelve(results)
     head = ["| sigma | " + " | ".join(map(str, SIGMAS)) + " |", "|---" * 6 + "|"]
     for file in sorted(results.glob("04_*.json"), key=lambda f: (f.stem != "04_clip", f.stem)):
         table = json.loads(file.read_text())

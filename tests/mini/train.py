@@ -566,7 +566,7 @@ def train_large(work):
     grow(transformer, SD3Transformer2DModel.from_pretrained(medium / "transformer", dtype=torch.float32))
     for encoder, part in zip(text, ("text_encoder", "text_encoder_2")):
         encoder.load_state_dict(type(encoder).from_pretrained(medium / part, dtype=torch.float32).state_dict())
-    minutes = train_flow(work, "sd3.5-large", transformer, text, encode_text, tokenise, vae, 8, 9000, lr=6e-4)
+    minutes = train_flow(work, "sd3.5-large", transformer, text, encode_text, tokenise, vae, 8, 6500, lr=6e-4)
     save_sd3(transformer, text, vae, HERE / "sd3.5-large")
     return minutes
 
