@@ -6,7 +6,7 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 4.1, App. C.1, Eqs. (7), (59)-(62)
         Every token is a sample [D4]; a column of ones gives the bias. i = 0 stands for the VAE stitch: F_0 is the noisy latent itself.
 Reads   out/cache.pt (01_cache_features.py)
 Writes  out/stitch.pt  for the fronts 'dit' and 'vae': W (d, D), bias (d,), i, j, CLS;    out/02_fit_stitch.json, out/02_fit_stitch.png
-Run     python 02_fit_stitch.py          python 02_fit_stitch.py --rank-by relative          python 02_fit_stitch.py --i 4 --j 1
+Run     python 02_fit_stitch.py && python 02_fit_stitch.py --rank-by raw && python 02_fit_stitch.py --i 4 --j 1
 Departs from the paper: the losses in the table are of held-out images (a quarter of the probe set); the W that is kept is fitted on all of it.
         The loss relative to the target's variance stands beside the raw one, because the scale of the residual stream grows with depth [D5].
         An explicit rcond: lstsq's own cut-off would invert the rounding noise of rank-deficient features [D7].
@@ -96,7 +96,7 @@ def main(args):
     key = "loss" if args.rank_by == "raw" else "relative_loss"
     data = {}
     for front in ("dit", "vae"):
-        wanted = [r for r in rows if (r["i"] > 0) == (front == "dit") and (front == "vae" or args.i in (None, r["i"])) and args.j in (None, r["j"])]
+        wanted = [r for r in rows if (r["i"] > 0) == (front == "dit") and (front == "vae" or args.i in (None, r["i"])) and (r["j"] == args.j if args.j else r["j"] <= 4)]  # later j are shown, and taken if asked for
         if not wanted:
             fail(f"there is no (i, j) = ({args.i}, {args.j}) in {args.out}/cache.pt: i runs to {len(fronts) - 1}, j to {len(probe['reward'])} (see 01_cache_features.py --j-max)")
         best = min(wanted, key=lambda r: r[key])

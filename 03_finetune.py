@@ -226,7 +226,7 @@ def main(args):
 
     with torch.no_grad():
         z0 = probe["z0"].float().to(device)
-        held_out = clean_target(reward, probe["pixels"].to(device).float() / 255)[0]
+        held_out = torch.cat([clean_target(reward, p.to(device).float() / 255)[0] for p in probe["pixels"].split(args.micro_batch or 100)])
         noise = [torch.randn(z0.shape, generator=generator(args.seed, "validate", s)).to(device) for s in SIGMAS]
     frozen = sum(p.numel() for p in transformer.parameters()) if transformer is not None else 0
     if rank == 0:
@@ -269,7 +269,7 @@ def main(args):
         save = (step + 1) % args.save_every == 0 or step + 1 == steps
         if (step + 1) % args.log_every == 0 or save:  # a checkpoint is written only after the loss was found finite
             if bad:
-                fail(f"the loss became NaN or infinite before step {step + 1}; the last good state is {running if running.exists() else 'the stitch'}; lower --lr and use --resume or start again")
+                fail(f"the loss became NaN or infinite before step {step + 1}; the last good state is {running if running.exists() else 'the stitch'}; start again with a lower --lr")
             seconds, began = seconds + time.time() - began, time.time()
             average_over_processes(list(sums.values()))
             count, logged = step + 1 - logged, step + 1
@@ -278,7 +278,7 @@ def main(args):
             bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}")
         if save:
             if args.objective == "distill":
-                rows[-1].update(validate(model, z0, held_out, noise))
+                rows[-1].update(validate(model, z0, held_out, noise, args.micro_batch or 100))
                 tqdm.write(f"step {step + 1}/{steps}  loss {rows[-1]['loss']:.4f}  " + "  ".join(f"{k} {rows[-1][k]:.4f}" for k in rows[-1] if k.startswith("val_")))
             checkpoint(step + 1)
 

@@ -27,7 +27,7 @@ from common import (Backbone, Reward, add_noise, count, encode_prompts, fail, ge
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MINI = {name: f"tests/mini/data/{name}" for name in ("coco", "flickr30k", "hpdv2", "imagereward", "ava")}
-PRESETS = {"mini": dict(resolution=64, batch=100, **MINI), "24gb": dict(resolution=512, batch=8), "paper": dict(resolution=1024, batch=8)}
+PRESETS = {"mini": dict(resolution=64, batch=100, rollout_batch=400, **MINI), "24gb": dict(resolution=512, batch=8, rollout_batch=8), "paper": dict(resolution=1024, batch=2, rollout_batch=2)}
 
 
 def parse_args(argv=None):
@@ -43,7 +43,8 @@ def parse_args(argv=None):
     p.add_argument("--rollouts", type=int, default=32, help="rollouts per noisy latent; all of them together are the reference value")
     p.add_argument("--rollout-steps", type=int, default=20, help="steps of the full grid from 1 to 0; a rollout uses the nodes below its sigma")
     p.add_argument("--methods", nargs="+", default=["stitchvm", "vae-stitch", "noisyclip", "tweedie", "mc"], choices=("stitchvm", "vae-stitch", "noisyclip", "tweedie", "mc"))
-    p.add_argument("--batch", type=int)
+    p.add_argument("--batch", type=int, help="images or latents at a time")
+    p.add_argument("--rollout-batch", type=int, help="rollouts at a time")
     p.add_argument("--value", help="value model to evaluate as 'stitchvm' (default: value.pt in --out)")
     return parse_stage(p, PRESETS, argv)
 
@@ -88,10 +89,10 @@ def spearman(a, b):
 
 
 def calibration(v, r):
-    """Mean and spread of values v against rewards r, all pairs of image and text, and the slope of r regressed on v: 1 for a conditional mean."""
+    """Mean and spread of values v against rewards r, all pairs of image and text, and the slope of r regressed on v: 1 for a conditional mean, 0 for a constant v."""
     centred = v - v.mean()
     return dict(mean_v=float(v.mean()), mean_r=float(r.mean()), std_v=float(v.std()), std_r=float(r.std()),
-                slope=float((centred * r).mean() / centred.square().mean().clamp(min=1e-12)))
+                slope=float((centred * r).mean() / centred.square().mean()) if v.max() > v.min() else 0.0)
 # ---- to here ----
 
 
@@ -176,7 +177,7 @@ def measure(bench, e, text, subset=None):
             return {"recall@1_i2t": (bench["image_of"][(text @ e.T).argmax(0)] == torch.arange(n)).float()}
         return dict(zip(("recall@1_i2t", "recall@1_t2i"), recall_at_1(e, text, bench["image_of"])))
     if bench["kind"] == "ava":
-        return {"srcc": spearman(e, bench["votes"][:n]) if float(e.std()) > 0 else None}
+        return {"srcc": spearman(e, bench["votes"][:n]) if e.max() > e.min() else None}
     score = (e * text[bench["own"][:n]]).sum(-1)
     groups, start = [], 0
     for size, ranks in zip(bench["sizes"], bench["ranks"]):
@@ -268,7 +269,7 @@ def dry_run(args):
     z, sigma = torch.empty(1, 16, args.resolution // 8, args.resolution // 8, device="meta"), torch.empty(1, device="meta")
     calls = {name: (lambda model: lambda: model.embed(z, sigma))(model) for name, model in values.items()}
     calls["tweedie"] = lambda: Tweedie(backbone, reward, null).embed(z, sigma)
-    grid = torch.linspace(1, 0, args.rollout_steps + 1)
+    grid = backbone.grid(args.rollout_steps, z)
     calls["mc-1"] = lambda: rollout_embeddings(backbone, reward, null, z, 0.5, grid, 1, generator(0), 1)
     weights = gib(backbone.transformer, reward.model)
     cases = []
@@ -283,6 +284,8 @@ def dry_run(args):
 def main(args):
     if args.dry_run:
         return dry_run(args)
+    if args.rollouts < 2:
+        fail(f"--rollouts {args.rollouts}: the reference value needs two at least, its own error is that between its halves")
     device = torch.device(args.device)
     reward = Reward(args.reward, args.preset, device)
     benches = load_benchmarks(args, reward)
@@ -328,10 +331,12 @@ def main(args):
             reference = steps = None
             if sub:
                 zt = add_noise(z0[:sub], eps[0][:sub], level(sub))
-                samples, steps = rollout_embeddings(backbone, reward, null, zt, sigma, grid, args.rollouts, generator(args.seed, "rollouts", sigma), 4 * args.batch)
+                samples, steps = rollout_embeddings(backbone, reward, null, zt, sigma, grid, args.rollouts, generator(args.seed, "rollouts", sigma), args.rollout_batch)
                 estimates |= {f"mc-{k}": [samples[:, :k].mean(1)] for k in (1, 4, 16, args.rollouts) if k <= args.rollouts}
                 half = [score(samples[:, h::2].mean(1)) for h in (0, 1)]
                 reference = (half[0] + half[1]) / 2, float((half[0] - half[1]).square().mean() / 4)  # and the variance of its own error
+            for name in [name for name, draws in estimates.items() if not all(e.isfinite().all() for e in draws)]:  # NaN would rank as well as it sorts
+                fail(f"{name} gives NaN or infinity at sigma {sigma} of {bench_name}: try --dtype float32")
             for name, draws in estimates.items():
                 own = sub if name.startswith("mc-") else n
                 about = error_of([score(e) for e in draws], r[:own], bench["own"][:own])
@@ -341,7 +346,7 @@ def main(args):
                     about["rollout_steps"] = steps
                 add_rows(name, sigma, draws, own, **about)
         if first:
-            costs = measure_cost(methods, backbone, reward, null, z0[:min(32, n)], grid, args)
+            costs = measure_cost(methods, backbone, reward, null, z0[:min(32, args.batch, n)], grid, args)
     for row in rows:
         name, sigma = row["method"], row["sigma"]
         if name.startswith("mc-"):  # N rollouts cost N times one
@@ -378,7 +383,8 @@ def shared_error(v, r, reference, variance, part):
     E gap^2 = E(V - V*)^2 + variance; but if V is the mean of a part of the reference's rollouts, E gap^2 = E(V - V*)^2 - variance.
     """
     gap = v - reference
-    return dict(value_mse_shared=float((v - r).square().mean()), reference_bias=float(gap.mean()),
+    errors = (v - r).square().reshape(len(r), -1).mean(1)
+    return dict(value_mse_shared=float(errors.mean()), value_mse_shared_se=float(errors.std() / len(errors) ** 0.5), reference_bias=float(gap.mean()),
                 reference_mse=float(gap.square().mean()) + (variance if part else -variance))
 
 

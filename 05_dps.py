@@ -81,14 +81,14 @@ def tweedie_gradient(velocity, decode, rewards, texts, z, sigma):
     return u.detach(), V.detach(), z.grad
 
 
-def stitchvm_gradient(velocity, values, texts, z, sigma, share=False):
-    """StitchVM: u, V (B,) and dV/dz of the value model alone; the denoiser keeps no graph. share: it resumes the value's prefix as its null half."""
+def stitchvm_gradient(velocity, values, texts, z, sigma, share=None):
+    """StitchVM: u, V (B,) and dV/dz of the value model alone; the denoiser keeps no graph. share: its transformer, if it is to resume the values' prefix as its null half."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         V, states = joint_value(values, z, sigma, texts)
         V.sum().backward()
     with torch.no_grad():
-        prefix = {k: v.detach() if torch.is_tensor(v) else v for k, v in next(iter(states.values())).items()} if share else None
+        prefix = {k: v.detach() if torch.is_tensor(v) else v for k, v in states[id(share)].items()} if share is not None else None
         u = velocity(z.detach(), sigma, prefix=prefix)
     return u, V.detach(), z.grad
 
@@ -144,7 +144,7 @@ def step_functions(backbone, rewards, values, condition, null, texts, cfg, share
     """velocity(z, sigma) and {kind: gradient(z, sigma) -> (u, V, dV/dz)} for one batch of prompts."""
     velocity = partial(backbone.velocity, condition=condition, null=null, cfg=cfg)
     return velocity, {"tweedie": partial(tweedie_gradient, partial(velocity, checkpointing=checkpointing), backbone.decode, rewards, texts),
-                      "stitchvm": partial(stitchvm_gradient, velocity, values, texts, share=share)}
+                      "stitchvm": partial(stitchvm_gradient, velocity, values, texts, share=backbone.transformer if share else None)}
 
 
 def noise_streams(seed, split, rows, shape):
@@ -203,7 +203,8 @@ def main(args):
     cfg = cfg_of(args, backbone.transformer)
     share = shares_prefix(values, backbone, null, cfg)
     for value in values if share else ():
-        value.null = null
+        if value.transformer is backbone.transformer:
+            value.null = null
     if args.checkpointing:
         backbone.vae.enable_gradient_checkpointing()
     shape = (backbone.vae.config.latent_channels, args.resolution // 8, args.resolution // 8)
@@ -228,7 +229,7 @@ def main(args):
 
     def sample_split(split, runs):
         """Batch by batch, every run in turn, so that whatever else the machine does falls on all of them; the images and times are left in the runs."""
-        first, n, agreement = len(splits["tune"]) * (split == "report"), len(splits[split]), []
+        first, n, gradients_at = len(splits["tune"]) * (split == "report"), len(splits[split]), {}
         for k in tqdm(range(0, n, args.batch), desc=split):
             own = range(k, min(k + args.batch, n))
             rows = slice(first + own.start, first + own.stop)
@@ -255,13 +256,17 @@ def main(args):
                 for node, zt in kept.items():
                     sigma = torch.full((len(zt),), grid[node], device=device)
                     run["V"].setdefault(grid[node], []).append(joint_value(values, zt, sigma, of(rows))[0].cpu())
-                    if k == 0 and run["method"] == "flow" and len(strengths) == 2:
-                        a, b = (gradients[kind](zt, sigma)[2].flatten(1) for kind in ("stitchvm", "tweedie"))
-                        ratio = a.norm(dim=1) / b.norm(dim=1).clamp(min=1e-12)
-                        agreement.append(dict(sigma=grid[node], **mean_and_error({"cosine": F.cosine_similarity(a, b), "norm_ratio": ratio})))
+                    if k < 16 and run["method"] == "flow" and len(strengths) == 2:
+                        gradients_at.setdefault(grid[node], []).append([gradients[kind](zt, sigma)[2].flatten(1).cpu() for kind in ("stitchvm", "tweedie")])
         images = [torch.cat(run["images"]) for run in runs]
         scorers = reward_and_scorers(rewards, args.preset, device)  # loaded here and freed, which leaves sampling its memory
         scores = [score_images(scorers, x, prompts[first:first + n], device=device) for x in images]
+        agreement = []
+        for t, pairs in gradients_at.items():
+            a, b = (torch.cat(v) for v in zip(*pairs))
+            ratio, ok = a.norm(dim=1) / b.norm(dim=1).clamp(min=1e-12), (a.isfinite() & b.isfinite()).all(1)
+            if ok.sum() > 1:
+                agreement.append(dict(sigma=t, **mean_and_error({"cosine": F.cosine_similarity(a, b)[ok], "norm_ratio": ratio[ok]})))
         return images, scores, agreement
 
     def rows_of(split, runs, scores):
@@ -293,7 +298,8 @@ def main(args):
         runs.append(new_run("tweedie, equal time", chosen["tweedie"], None))
     images, scores, agreement = sample_split("report", runs)
     rows += rows_of("report", runs, scores)
-    trajectory = [dict(method=run["method"], sigma=t, **mean_and_error({"V": torch.cat(v)})) for run in runs for t, v in run["V"].items()]
+    finite = lambda v: v[v.isfinite()]
+    trajectory = [dict(method=run["method"], sigma=t, **mean_and_error({"V": finite(torch.cat(v))})) for run in runs for t, v in run["V"].items()]
 
     metrics = [k for k in scores[0] if k != "reward"]
     print_table(rows, ("method", "strength", "split", "steps", "n", "reward", "reward_se", *metrics,
@@ -347,7 +353,7 @@ def draw_strength(rows, chosen, metrics, path, title):
         plain = rows[0]
         axis.axhline(plain[key], color="black", ls="--", label="flow")
         axis.axhspan(plain[key] - plain[f"{key}_se"], plain[key] + plain[f"{key}_se"], color="black", alpha=0.1, lw=0)
-        for method in chosen:
+        for method in dict.fromkeys(r["method"] for r in rows[1:]):
             mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["strength"])
             axis.errorbar([r["strength"] for r in mine], [r[key] for r in mine], [r[f"{key}_se"] for r in mine], marker="o", ms=4, capsize=2, color=COLOURS[method], label=method)
             axis.plot(*zip(*[(r["strength"], r[key]) for r in mine if r["strength"] == chosen[method]]), "o", ms=11, mfc="none", color=COLOURS[method])

@@ -29,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 from common import (Backbone, Reward, add_lora, average_over_processes, clean_reward, count, decay_at, draw_training, encode_prompts, evaluate, fail, follow, generator,
-                    gflop, gib, joint_value, load_artifact, load_values, mean_and_error, meta_backbone, meta_value, now, own_prefixes, parse_stage, print_table,
-                    processes, report_dry_run, save_image_grid, save_lora, save_table, save_training, split_prompts, stage_parser, swapped, value_files, without_lora)
+                    gflop, gib, joint_value, load_artifact, load_values, mean_and_error, meta_backbone, meta_value, now, own_prefixes, parse_stage, print_table, print_work_saved,
+                    processes, report_dry_run, save_image_grid, save_lora, save_table, save_training, split_prompts, stage_parser, swapped, value_files, without_lora, work_saved)
 
 METHODS = ("draft-1", "draft-3", "alignprop", "draft-1+stitchvm", "draft-3+stitchvm")
 PAPER = dict(methods=list(METHODS), resolution=512, lr=5e-5, ema=0.99, updates=500, eval_every=50, eval_steps=40, save_every=10, train_limit=2000)
@@ -126,7 +126,7 @@ def check(args):
     for name in ("steps", "rank", "batch", "accumulate", "eval_every", "eval_steps", "save_every", "updates", "gflop", "seconds"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "steps" else 1e-9):
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, which is too small")
-    if not 1 <= args.stop[0] <= args.stop[1] <= args.steps:
+    if any(name.endswith("+stitchvm") for name in args.methods) and not 1 <= args.stop[0] <= args.stop[1] <= args.steps:
         fail(f"--stop {args.stop[0]} {args.stop[1]} must lie in order between 1 and --steps {args.steps}")
     if args.updates is None and args.gflop is None and args.seconds is None:
         fail("--updates, --gflop or --seconds must say when a method ends")
@@ -165,21 +165,6 @@ def steps_cost(counted, velocity, base, z, lam):
     return lambda stop, keep: (stop - keep) * before + first + (keep - 1) * later
 
 
-def work_saved(rows):
-    """For each method with a value model and its baseline: the work, linear between evaluation points, at which it first has the baseline's last reward, and its share of the baseline's."""
-    found, of = [], lambda method: [r for r in rows if r["method"] == method]
-    for method in dict.fromkeys(r["method"] for r in rows if r["method"].endswith("+stitchvm")):
-        mine, theirs = of(method), of(method.removesuffix("+stitchvm"))
-        if theirs:
-            goal, work = theirs[-1]["reward"], None
-            for a, b in zip(mine, mine[1:]):
-                if b["reward"] >= goal > a["reward"]:
-                    work = a["gflop"] + (goal - a["reward"]) / (b["reward"] - a["reward"]) * (b["gflop"] - a["gflop"])
-                    break
-            found.append(dict(method=method, baseline=theirs[-1]["method"], reward=goal, gflop=work, share=work and work / theirs[-1]["gflop"]))
-    return found
-
-
 def main(args):
     methods = check(args)
     if args.dry_run:
@@ -214,13 +199,15 @@ def main(args):
 
     running = Path(args.out) / "07_draft.train"
     must_agree = {"processes": world, "values": [a["id"] for a in artifacts], "prompts": f"{len(trained)}: {trained[0]} ...", "eval_prompts": f"{len(held_out)}: {held_out[0]} ..."} | {k: getattr(args, k) for k in (
-        "backbone", "reward", "resolution", "methods", "seed", "steps", "grid", "stop", "regularise", "rank", "alpha", "lr", "clip", "ema", "batch", "accumulate", "checkpointing",
+        "preset", "dtype", "backbone", "reward", "resolution", "methods", "seed", "steps", "grid", "stop", "regularise", "rank", "alpha", "lr", "clip", "ema", "batch", "accumulate", "checkpointing",
         "eval_every", "eval_steps")}
     fresh = dict(update=0, seconds=0.0, gflop=0.0, lora=first, average=first, optimizer=None, sums=[0.0] * 5)  # the sums are of a row's training statistics
     state = dict(fresh, method=0, rows=[], images=[], rewards=[])
     if args.resume:
         state = load_artifact(running, must_agree, "07_draft.py")["data"]
     rows, images, per_prompt = state["rows"], state["images"], state["rewards"]
+
+    last_good = lambda: f"; the last good state is {running}" if running.exists() else ""
 
     def evaluation(method, update, seconds, gflop, **training):
         """One row of the table and its images. Before the first update all methods are the base model, with the same noises."""
@@ -229,7 +216,7 @@ def main(args):
             return
         x, scores = evaluate(backbone, rewards, args.preset, held_out, held_out_condition, eval_noise, eval_grid, args.batch)
         if not scores["reward"].isfinite().all():
-            fail(f"samples of {method} became NaN or infinite by update {update}; the last good state is {running}; start again with a lower --lr")
+            fail(f"samples of {method} became NaN or infinite by update {update}{last_good()}; start again with a lower --lr")
         rows.append(dict(method=method, update=update, seconds=round(seconds, 2), gflop=gflop, n=len(held_out), **mean_and_error(scores), **training))
         images.append(x[:6]), per_prompt.append([round(v, 6) for v in scores["reward"].tolist()])
         if rank == 0:
@@ -272,7 +259,7 @@ def main(args):
             average_over_processes([*[p.grad for p in parameters], stats])
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             if not (stats.isfinite().all() and norm.isfinite()):
-                fail(f"the loss of {method} became NaN or infinite in update {update + 1}; the last good state is {running}; start again with a lower --lr")
+                fail(f"the loss of {method} became NaN or infinite in update {update + 1}{last_good()}; start again with a lower --lr")
             if update % args.save_every == 0:  # only now, when these weights have given a finite loss
                 paused = now(device)
                 checkpoint(dict(method=number, update=update, seconds=seconds, gflop=work, average=average, optimizer=optimizer.state_dict(), sums=sums.tolist()))
@@ -300,9 +287,7 @@ def main(args):
     for method in methods:
         a, b = (np.array(per_prompt[k]) for k in (0, max(k for k, r in enumerate(rows) if r["method"] == method)))
         print(f"{method}: reward {a.mean():.4f} -> {b.mean():.4f}, {(b - a).mean():+.4f} with a standard error of {(b - a).std(ddof=1) / len(a) ** 0.5:.4f}, same prompts and noises")
-    for r in saved:
-        reached = "is not reached" if r["gflop"] is None else f"is reached after {r['gflop']:.0f} GFLOP, {r['share']:.0%} of its work"
-        print(f"{r['method']}: the last reward of {r['baseline']}, {r['reward']:.4f}, {reached}")
+    print_work_saved(saved)
     save_table(args, "07_draft", rows, work_saved=saved, rewards_of_prompts=per_prompt, grid=grid, values=[dict(stage=a["stage"], id=a["id"]) for a in artifacts])
     draw_training(rows, "method", Path(args.out) / "07_curves.png", f"{args.reward} + {args.backbone}, {len(held_out)} held-out prompts, {args.eval_steps} steps")
     shown = [r for k, r in enumerate(rows) if r["update"] or k == 0]

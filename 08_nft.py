@@ -18,7 +18,7 @@ Run     python 08_nft.py                                                # the mi
                                                                         # the ablation of the stop window (Fig. 7), a curve for each
         python 08_nft.py --updates 1000 --gflop 40000                  # both methods until they have spent as many GFLOP
         accelerate launch 08_nft.py --preset paper --train-prompts train.txt --eval-prompts drawbench.txt
-Departs from the paper: the official code where it differs from (65)-(71), --loss paper is the equations [D9]; t is a node of the solver's grid, because
+Departs from the paper: the official code where it differs from (65)-(71), --loss paper is the equations, with the official eta unless --eta gives one [D9]; t is a node of the solver's grid, because
         the bridge's target is infinite at tau [D8]; a step index counts finished steps, so 12..17 of 25 are sigma .75 .. .56. The miniature trains on fewer
         noise levels of each image; at 3e-3 both methods lose reward there.
 """
@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from common import (Backbone, Reward, add_lora, average_over_processes, begin, clean_reward, count, decay_at, dit_blocks, draw_training, encode_prompts, evaluate, fail,
                     follow, gathered, generator, gflop, gib, joint_value, load_artifact, load_values, mean_and_error, meta_backbone, meta_value, now, own_prefixes,
-                    parse_stage, print_table, processes, report_dry_run, save_image_grid, save_lora, save_table, save_training, split_prompts, stage_parser, swapped,
-                    tweedie, value_files, without_lora)
+                    parse_stage, print_table, print_work_saved, processes, report_dry_run, save_image_grid, save_lora, save_table, save_training, split_prompts, stage_parser, swapped,
+                    tweedie, value_files, without_lora, work_saved)
 
 METHODS = ("nft", "nft+stitchvm")
 POLICIES = ("default", "old")  # what is trained, what samples
@@ -177,7 +177,7 @@ def complete(args):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1 is needed")
     windows = []
-    for window in args.stop_window:
+    for window in args.stop_window if "nft+stitchvm" in args.methods else ():
         low, dash, high = window.partition("-")
         if not (dash and low.isdigit() and high.isdigit() and 1 <= int(low) <= int(high) <= args.steps):
             fail(f"--stop-window {window} is no A-B with 1 <= A <= B <= --steps {args.steps}")
@@ -354,7 +354,9 @@ def main(args):
         return
     metrics = [k for k in rows[0] if k not in ABOUT and not k.endswith("_se")]
     print_table(rows, ("run", "update", "seconds", "gflop", "reward", "reward_se", "gain", "gain_se", *metrics[1:], "n"))
-    save_table(args, "08_nft", rows, curve=curve, rewards_of_prompts=per_prompt, gflop_per_row=costs, values=[dict(stage=a["stage"], id=a["id"]) for a in artifacts])
+    saved = work_saved(rows, "run")
+    print_work_saved(saved, "run")
+    save_table(args, "08_nft", rows, work_saved=saved, curve=curve, rewards_of_prompts=[[v if v == v else None for v in r] for r in per_prompt], gflop_per_row=costs, values=[dict(stage=a["stage"], id=a["id"]) for a in artifacts])
     draw_training(rows, "run", Path(args.out) / "08_curves.png", f"{args.reward} + {args.backbone}, {len(held_out)} held-out prompts")
     width = min(len(x) for x in shown)
     save_image_grid([x.float() / 255 for x in shown], [f"{r['run']}\nupdate {r['update']}" for r in rows], held_out[:width], Path(args.out) / "08_grid.png")

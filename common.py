@@ -87,7 +87,9 @@ def parse_stage(p, presets, argv=None):
         args.out = f"runs/{args.preset}/{Path(args.backbone).name}_{Path(args.reward).name}"
     if args.device == "auto":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if args.dtype == "auto":
+    if args.device.startswith("cuda") and not (torch.cuda.is_available() or args.dry_run):
+        fail(f"--device {args.device}: torch finds no CUDA device on this machine")
+    if args.dry_run or args.dtype == "auto":
         args.dtype = "bfloat16" if args.dry_run or args.device.startswith("cuda") else "float32"
     world = WORLDS.get(args.preset)
     if world and not args.dry_run and not (ROOT / world["data"]).exists():
@@ -143,7 +145,7 @@ def gathered(values, own, n):
 def now(device):
     """Seconds, once the device has finished what it was given."""
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+        getattr(torch, device.type).synchronize(*[device] * (device.type == "cuda"))  # trap: without it cuda:0 is waited for
     return time.perf_counter()
 
 
@@ -359,7 +361,8 @@ def encode_prompts(backbone, prompts, batch=32, cache=None):
 
     cache: a folder where they are kept for the next run.
     """
-    key = hashlib.sha1(repr((backbone.source, backbone.dtype, list(prompts))).encode()).hexdigest()[:12]
+    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(backbone.source).glob("text_encoder*/*.safetensors"))]
+    key = hashlib.sha1(repr((backbone.source, files, backbone.dtype, list(prompts))).encode()).hexdigest()[:12]
     kept = cache and Path(cache) / f"prompts_{key}.pt"
     if kept and kept.exists():
         return tuple(v.to(backbone.device) for v in torch.load(kept, weights_only=True))
@@ -877,6 +880,34 @@ def evaluate(backbone, rewards, preset, prompts, condition, noise, grid, batch):
     return images, {name: gathered(v, slice(own.start, own.stop), len(prompts)).cpu() for name, v in mine.items()}
 
 
+def work_saved(rows, by="method"):
+    """For each run with a value model and its baseline: the work, linear between evaluation points, at which it first has the baseline's last reward, and its share of the baseline's.
+
+    rows of evaluation points, a run for each value of the key `by`. None: not reached; 0: the baseline did not improve on the base model.
+    """
+    found, runs = [], {}
+    for r in rows:
+        runs.setdefault(r[by], []).append(r)
+    for name, mine in runs.items():
+        baseline = mine[0]["method"].removesuffix("+stitchvm")
+        if baseline == mine[0]["method"] or baseline not in runs:
+            continue
+        last = runs[baseline][-1]
+        goal, work = last["reward"], 0.0 if mine[0]["reward"] >= last["reward"] else None
+        for a, b in zip(mine, mine[1:]) if work is None else ():
+            if b["reward"] >= goal > a["reward"]:
+                work = a["gflop"] + (goal - a["reward"]) / (b["reward"] - a["reward"]) * (b["gflop"] - a["gflop"])
+                break
+        found.append({by: name, "baseline": baseline, "reward": goal, "gflop": work, "share": None if work is None else work / last["gflop"]})
+    return found
+
+
+def print_work_saved(saved, by="method"):
+    for r in saved:
+        reached = "is not reached" if r["gflop"] is None else f"is reached after {r['gflop']:.0f} GFLOP, {r['share']:.0%} of its work" if r["gflop"] else "is no higher than the base model's"
+        print(f"{r[by]}: the last reward of {r['baseline']}, {r['reward']:.4f}, {reached}")
+
+
 def draw_training(rows, by, path, title):
     """The training reward and up to four scorers that were not trained on, judge and geneval first, against seconds and counted work; a curve for each value of the key `by`."""
     import matplotlib.pyplot as plt
@@ -900,11 +931,13 @@ def meta_backbone(name, dtype=torch.bfloat16):
     """A published backbone of which only the shapes exist (the meta device), and its null text."""
     import diffusers
     diffusers.utils.logging.set_verbosity_error()
+    name = {v: k for k, v in HUB.items()}.get(name, name)
     if name not in CONFIGS:
         fail(f"--dry-run knows the published sizes of {', '.join(CONFIGS)}, not {name}")
     cls, config, (scale, shift), tokens = CONFIGS[name]
     backbone = Backbone.__new__(Backbone)
     backbone.name, backbone.device, backbone.dtype = name, torch.device("meta"), dtype
+    backbone.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=name == "flux")
     with backbone.device:
         backbone.transformer = getattr(diffusers, cls)(**config).to(dtype).eval().requires_grad_(False)
         backbone.vae = diffusers.AutoencoderKL(**VAE, scaling_factor=scale, shift_factor=shift).eval().requires_grad_(False)
@@ -983,7 +1016,7 @@ def report_dry_run(args, stage, cases, frozen, trained=()):
         c["hours"] = c["tflop"] * c["n"] / c.get("tflops", args.tflops) / 3600
         c["fits"] = next((f"{card} GB" for card in (24, 48, 80) if c["peak_gib"] < 0.95 * card * 1e9 / 2 ** 30), "no card of 80 GB")
     print_table(cases, ("method", "unit", "tflop", "saved_gib", "peak_gib", "fits", "n", "hours"))
-    print(f"hours at {args.tflops:g} TFLOP/s (--tflops); peak: weights, optimiser and what the backward pass keeps, without text encoders, which are freed before")
+    print((f"hours at {cases[0]['tflops']:g} TFLOP/s, in float64 on the CPU" if "tflops" in cases[0] else f"hours at {args.tflops:g} TFLOP/s (--tflops)") + "; peak: weights, optimiser and what the backward pass keeps, without text encoders, which are freed before")
     print(json.dumps(dict(stage=stage, backbone=args.backbone, reward=args.reward, resolution=args.resolution, cases=cases)))
 
 
@@ -1027,7 +1060,8 @@ def list_images(folder):
     """Image files below a folder, sorted by their path in it."""
     if not Path(folder).is_dir():
         fail(f"{folder} is not a folder of images; pass one with --images")
-    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names)  # data sets are often linked into one folder
+    return sorted(str(p.relative_to(folder)) for p in paths if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def read_image(path):
@@ -1065,7 +1099,12 @@ def provenance(seed):
     def of(name):
         with contextlib.suppress(PackageNotFoundError):
             return version(name)
-    git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True).stdout.strip()
+
+    def git(*a):
+        with contextlib.suppress(OSError):  # a machine without git
+            return subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True).stdout.strip()
+        return ""
+
     return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), seed=seed, time=time.strftime("%Y-%m-%d %H:%M:%S"),
                 commit=git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""), python=sys.version.split()[0],
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -285,9 +285,13 @@ def test_work_saved():
     row = lambda method, gflop, reward: dict(method=method, gflop=gflop, reward=reward)
     rows = [row("draft-1", 0, 0.5), row("draft-1", 100, 0.7), row("draft-1+stitchvm", 0, 0.5), row("draft-1+stitchvm", 40, 0.6), row("draft-1+stitchvm", 80, 0.8),
             row("draft-3", 0, 0.5), row("draft-3", 100, 0.9), row("draft-3+stitchvm", 0, 0.5), row("draft-3+stitchvm", 90, 0.8), row("draft-2+stitchvm", 0, 0.5)]
-    one, three = draft.work_saved(rows)
+    one, three = common.work_saved(rows)
     assert one == dict(method="draft-1+stitchvm", baseline="draft-1", reward=0.7, gflop=pytest.approx(60), share=pytest.approx(0.6))
     assert three["gflop"] is three["share"] is None
+    worse, = common.work_saved([row("draft-1", 0, 0.5), row("draft-1", 100, 0.49), row("draft-1+stitchvm", 0, 0.5), row("draft-1+stitchvm", 40, 0.7)])
+    assert (worse["gflop"], worse["share"]) == (0.0, 0.0)
+    window, = common.work_saved([dict(r, run=r["method"] + "_2-12" * ("+" in r["method"])) for r in rows[:5]], "run")
+    assert window["run"] == "draft-1+stitchvm_2-12" and window["gflop"] == pytest.approx(60)
 
 
 # ---------------------------------------------------------------------------- LoRA and evaluation, in common

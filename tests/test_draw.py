@@ -125,6 +125,15 @@ def test_splits_share_no_scene():
     assert share["report"] / 4000 == pytest.approx(0.1, abs=0.03) and share["tune"] / 4000 == pytest.approx(0.1, abs=0.03)
 
 
+def test_training_groups_show_training_scenes_only(monkeypatch):
+    """Also where they are spoilt: a fault must not turn a scene into one of a benchmark."""
+    shown, drawing, rng = [], draw.draw, np.random.default_rng(6)
+    monkeypatch.setattr(draw, "draw", lambda rng, scene, *more: (shown.append(scene), drawing(rng, scene, *more))[1])
+    for _ in range(60):
+        draw.ranked_group(rng, "train", 4)
+    assert len(shown) == 240 and {draw.split_of(s) for s in shown} == {"train"}
+
+
 def test_the_seed_decides_the_pixels():
     def images(seed):
         rng = np.random.default_rng(seed)

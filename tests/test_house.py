@@ -3,6 +3,7 @@ import ast
 import builtins
 import importlib
 import re
+import shlex
 import symtable
 from pathlib import Path
 
@@ -59,6 +60,21 @@ def test_presets_are_made_of_flags(stage_and_flags):
         for k, v in preset.items():
             assert not known[k].choices or v in known[k].choices, (name, k)
             assert known[k].type not in (int, float) or all(type(x) in (int, known[k].type) for x in (v if known[k].nargs == "+" else [v])), (name, k)
+
+
+def commands():
+    """(stage, flags) of every command line in the README and in the stages' docstrings."""
+    lines = [l for text in [(ROOT / "README.md").read_text(), *(ast.get_docstring(ast.parse(source(s))) for s in STAGES)] for l in text.splitlines()]
+    for part in (p for l in lines for p in re.split(r"&&|\|\|", l.split(" #")[0])):
+        if found := re.search(r"(?:python|launch|nproc-per-node \d+) (0\d_\w+)\.py(.*)$", part):
+            yield found[1], shlex.split(found[2])
+
+
+def test_documented_commands_have_flags_that_exist():
+    found = list(commands())
+    assert {stage for stage, _ in found} == set(STAGES) and len(found) > 20
+    for stage, flags in found:
+        importlib.import_module(stage).parse_args(flags)
 
 
 # ---------------------------------------------------------------------------- imports

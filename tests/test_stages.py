@@ -470,6 +470,8 @@ def test_calibration():
     assert c["slope"] == pytest.approx(1) and evaluate.calibration(2 * v + 7, r)["slope"] == pytest.approx(0.5)
     assert c == pytest.approx(dict(mean_v=np.mean(v.tolist()), mean_r=np.mean(r.tolist()), std_v=np.std(v.tolist(), ddof=1), std_r=np.std(r.tolist(), ddof=1), slope=1))
     assert evaluate.calibration(torch.ones(6), r)["slope"] == 0
+    assert evaluate.calibration(torch.full((500,), 5.7853), torch.randn(500))["slope"] == 0  # whose mean differs from it by rounding
+    assert evaluate.measure(dict(kind="ava", votes=torch.rand(500)), torch.full((500,), 5.7853), None)["srcc"] is None
 
 
 def test_summary_of_units():

@@ -362,7 +362,10 @@ def ranked_group(rng, split, size):
     for k in range(size):
         shown = scene
         for _ in range(int(rng.choice(3, p=(0.45, 0.4, 0.15)))):
-            shown = spoil_scene(rng, shown)[0] if len(shown["objects"]) < 4 else shown
+            spoilt = spoil_scene(rng, shown)[0] if len(shown["objects"]) < 4 else shown
+            while split == "train" and split_of(spoilt) != "train":  # no scene of a benchmark is shown in training
+                spoilt = spoil_scene(rng, shown)[0]
+            shown = spoilt
         placed = place(rng, shown)
         image = draw(rng, shown, placed)
         if rng.random() < 0.65:

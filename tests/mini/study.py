@@ -128,6 +128,22 @@ def twelve(results):
     return [*lines, ""]
 
 
+def alignment(results):
+    """Markdown: 05 to 08 at default flags, the generator as it is and what each method makes of it; of 07 and 08 the last evaluation point."""
+    lines = ["| | method | n | reward | judge | geneval | seconds | GFLOP | of |", "|---" * 9 + "|"]
+    for file in sorted(results.glob("0[5-8]_clip.json")):
+        rows = [r for r in json.loads(file.read_text())["rows"] if r.get("split") != "tune"]
+        if file.stem[:2] in ("07", "08"):
+            rows = [rows[0] | dict(method="base"), *{r["method"]: r for r in rows}.values()]
+        for r in rows:
+            per = next((k.removeprefix("gflop_per_") for k in r if k.startswith("gflop_per_")), None)
+            name = r["method"] + (f", c = {r['strength']:g}" if r.get("strength") else "") + (f", N = {r['n_particles']}" if r.get("n_particles", 1) > 1 else "") + (f", M = {r['m_proposals']}" if r.get("m_proposals", 1) > 1 else "")
+            seconds, work = (r[f"s_per_{per}"], r[f"gflop_per_{per}"]) if per else (r["seconds"], r["gflop"])
+            lines.append(f"| {file.stem[:2]} | {name} | {r['n']} | " + " | ".join(f"{r[k]:.3f} ± {r[k + '_se']:.3f}" for k in ("reward", "judge", "geneval")) +
+                         (f" | {seconds:.2f} | {work:,.0f} | a {per} |" if per else f" | {seconds:.0f} | {work:,.0f} | training |"))
+    return lines
+
+
 def readme():
     results, front, page = ROOT / "assets/results", [], ["# Results", "", "Written by `python tests/mini/study.py readme` from the tables in this folder.", ""]
     page += twelve(results)
@@ -166,6 +182,7 @@ def readme():
                  for r in json.loads((results / "selection.json").read_text())] + [""]
     page += [line for file in sorted(results.glob("0[5-8]_*.json")) for line in comparison(file)]
     between(ROOT / "README.md", "results", "\n".join(front).rstrip())
+    between(ROOT / "README.md", "alignment", "\n".join(alignment(results)))
     (results / "README.md").write_text("\n".join(page))
     quality = json.loads((ROOT / "tests/mini/quality.json").read_text())
     keys = list(dict.fromkeys(k for row in quality.values() for k in row))
@@ -183,12 +200,15 @@ def studies(stage, rewards):
             (f"05_{rewards[0]}_{name}", "05_dps.py", [*value(rewards[0]), *wide, "--methods", "flow", "tweedie", "stitchvm", *flags])
             for name, flags in (("above", ["--guide-to", 0.5]), ("below", ["--guide-from", 0.5]))]
     if stage == "fks":
-        return [("06_scaling", "06_fks.py", [*value("clip"), "--limit", 100, "--methods", "fks", "fks+stitchvm", "--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6]),
-                ("06_proposals", "06_fks.py", [*value("clip"), "--limit", 100, "--m", 2, 4, "--proposal", "argmax", "corrected"])]
+        large = ["--backbone", "sd3.5-large", "--limit", 100, "--m", 4]
+        return [("06_scaling", "06_fks.py", [*value("clip"), "--limit", 100, "--methods", "bon", "fks", "fks+stitchvm", "--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6]),
+                ("06_proposals", "06_fks.py", [*value("clip"), "--limit", 100, "--m", 2, 4, "--proposal", "argmax", "corrected", "--report", "best", "mean"]),
+                ("06_large-by-large", "06_fks.py", [*large, "--value", "runs/mini/sd3.5-large_clip/value.pt"]), ("06_large-by-medium", "06_fks.py", [*large, "--value", "runs/mini/sd3.5-medium_clip/value.pt"])]
     if stage == "draft":
         methods = ["--methods", "draft-1", "draft-3", "alignprop", "draft-1+stitchvm", "draft-3+stitchvm"]
-        return [(f"07_seed{seed}", "07_draft.py", [*value("clip"), *methods, "--eval-limit", 100, "--seed", seed]) for seed in range(3)]
-    return [(f"08_seed{seed}", "08_nft.py", [*value("clip"), "--eval-limit", 100, "--seed", seed]) for seed in range(3)] + [
+        return [(f"07_seed{seed}{'_even' * (grid == 'even')}", "07_draft.py", [*value("clip"), *methods, "--eval-limit", 100, "--seed", seed, "--grid", grid]) for seed in range(3) for grid in ("scheduler", "even")]
+    equal = ["--updates", 1000, "--gflop", 6400, "--eval-every", 2]
+    return [(f"08_seed{seed}", "08_nft.py", [*value("clip"), *equal, "--eval-limit", 100, "--seed", seed]) for seed in range(3)] + [
         ("08_windows", "08_nft.py", [*value("clip"), "--eval-limit", 100, "--methods", "nft+stitchvm", "--stop-window", "2-12", "12-17", "12-25", "20-25"])]
 
 
@@ -230,9 +250,9 @@ def cases(script, *flags):
 def counts():
     """What the dry runs count for every pair of models, and what the paper measured on its GPUs beside what they count, into README.md."""
     def pair(backbone, reward):
-        build, step = (cases(s, "--backbone", backbone, "--reward", reward) for s in ("03_finetune.py", "05_dps.py"))
+        cache, build, step = (cases(s, "--backbone", backbone, "--reward", reward) for s in ("01_cache_features.py", "03_finetune.py", "05_dps.py"))
         value = step.get("stitchvm, i = 4, shared", step["stitchvm, i = 4"])
-        return (f"| {backbone} | {reward} | {build['stitchvm, i = 4']['hours']:.1f} h, {build['stitchvm, i = 4']['fits']} | {step['flow']['tflop']:.1f}, {step['tweedie']['tflop']:.1f}, "
+        return (f"| {backbone} | {reward} | {cache['latents']['hours'] + build['stitchvm, i = 4']['hours']:.1f} h, {build['stitchvm, i = 4']['fits']} | {step['flow']['tflop']:.1f}, {step['tweedie']['tflop']:.1f}, "
                 f"{value['tflop']:.1f} | {step['tweedie']['fits']}, {value['fits']} |")
 
     lines = ["| backbone | reward | building a value, hours and card | DPS step, TFLOP: plain, standard, value (i = 4, shared where it can be) | cards |", "|---|---|---|---|---|"]
