@@ -225,6 +225,17 @@ def test_shared_prefix_equals_unshared(sd3, rewards, depths):
     assert_close(found[True][1], sum(alone), atol=1e-5, rtol=1e-5)
 
 
+def test_only_the_denoisers_own_prefix_is_resumed(sd3, rewards):
+    """A joint reward whose shallower value reads another transformer of the same shape, as Medium's value beside Large's own does."""
+    z, sigma, condition, texts = batch()
+    other = small_sd3()
+    torch._foreach_mul_([p.data for p in other.parameters()], 1.5)
+    values = [small_value(sd3, rewards[0], 3), small_value(other, rewards[1], 1)]
+    apart, shared = (functions(sd3, rewards, values, condition, texts, share=share)[1]["stitchvm"](z, sigma) for share in (False, True))
+    for a, b in zip(apart, shared):
+        assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def test_stitchvm_gradient_is_autograds_of_the_value(sd3, rewards):
     """And the denoiser adds nothing to it and keeps nothing: what autograd keeps does not grow with the blocks after i."""
     z, sigma, condition, texts = batch()

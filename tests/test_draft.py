@@ -530,6 +530,11 @@ def test_a_nan_stops_training_and_keeps_the_last_good_state(run, values, tmp_pat
     assert not (tmp_path / "out/draft-1+stitchvm").exists()
 
 
+def test_whole_rollouts_need_no_stop_window():
+    args = draft.parse_args(["--steps", "5", "--methods", "draft-1", "alignprop"])
+    assert draft.check(args) == {"draft-1": dict(keep=1, stops=None, checkpointing=False), "alignprop": dict(keep=None, stops=None, checkpointing=True)}
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--methods", "draft"], "there is no method draft: --methods takes draft-1,"),
     (["--methods", "draft-0"], "there is no method draft-0"),

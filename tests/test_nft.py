@@ -379,6 +379,13 @@ def test_equal_rewards_leave_equal_policies_equal():
         assert torch.equal(velocity("default", z, t).detach(), before) != moves
 
 
+def test_whole_rollouts_need_no_stop_window():
+    """The official setting of one reward has 10 steps; the default window lies beyond them."""
+    assert nft.complete(nft.parse_args(["--methods", "nft", "--steps", "10", "--beta", "1"])) == [dict(method="nft", name="nft", window=(10, 10), value=False)]
+    with pytest.raises(SystemExit, match="--stop-window 12-17"):
+        nft.complete(nft.parse_args(["--steps", "10"]))
+
+
 def test_values_read_base_weights_while_the_policy_trains(tmp_path):
     """The joint value is the sum of the single ones, shares the prefix, and does not move when the adapters do; the prefix is a copy up to the larger i."""
     sd3, reward = small_sd3(), common.Reward(str(write_clip(tmp_path / "small")))
