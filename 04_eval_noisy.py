@@ -103,25 +103,31 @@ def need(path, what):
     return Path(path)
 
 
+RETRIEVAL = "of github.com/mehdidc/retrieval_annotations, release 1.0.0"
+LISTS = {"hpdv2": "HPDv2's list of ranked images, test.json of the hub's data set ymhao/HPDv2", "imagereward": "ImageReward's, data/test.json of github.com/THUDM/ImageReward"}
+IMAGES = {"coco_test_karpathy.json": "COCO's val2014.zip", "flickr30k_test_karpathy.txt": "Flickr30K's images", "hpdv2": "test.tar.gz of the hub's ymhao/HPDv2",
+          "imagereward": "test_images.zip of the hub's THUDM/ImageReward", "test.jpgl": "AVA's images"}
+
+
 def find(folder, name, file):
     """An image that a benchmark names, directly in its folder or in one of the usual subfolders."""
     for sub in ("", "val2014", "Images", "images", "test", "flickr30k-images"):
         if (Path(folder) / sub / name).exists():
             return Path(folder) / sub / name
-    fail(f"{name}, which {file} names, is not in {folder}")
+    fail(f"{name}, which {file} names, is not in {folder}: get {IMAGES[file]} and unpack it there")
 
 
 def retrieval_set(folder, kind):
     """Files (n), captions (m) and the image of each caption; n images of which each has several captions."""
     captions = {}
     if kind == "coco":
-        file = need(Path(folder) / "coco_test_karpathy.json", "the Karpathy test split in COCO's captions format (retrieval_annotations release 1.0.0)")
+        file = need(Path(folder) / "coco_test_karpathy.json", f"the Karpathy test split in COCO's captions format, {RETRIEVAL}")
         coco = json.loads(file.read_text())
         name_of = {i["id"]: i["file_name"] for i in coco["images"]}
         for a in coco["annotations"]:
             captions.setdefault(name_of[a["image_id"]], []).append(a["caption"])
     else:
-        file = need(Path(folder) / "flickr30k_test_karpathy.txt", "the Karpathy test split, a header and then <id>.jpg,<caption> (retrieval_annotations release 1.0.0)")
+        file = need(Path(folder) / "flickr30k_test_karpathy.txt", f"the Karpathy test split, a header and then <id>.jpg,<caption>, {RETRIEVAL}")
         for line in file.read_text().splitlines()[1:]:
             name, caption = line.split(".jpg,", 1)
             captions.setdefault(name + ".jpg", []).append(caption)
@@ -130,16 +136,16 @@ def retrieval_set(folder, kind):
 
 def ranked_set(folder, kind):
     """Prompts, each with files and human ranks (1 is best); HPDv2's and ImageReward's keys."""
-    rows = json.loads(need(Path(folder) / "test.json", f"{kind}'s list of ranked images").read_text())
+    rows = json.loads(need(Path(folder) / "test.json", LISTS[kind]).read_text())
     keys = ("image_path", "rank") if kind == "hpdv2" else ("generations", "ranking")
-    return dict(kind=kind, files=[find(folder, n, "test.json") for r in rows for n in r[keys[0]]], sizes=[len(r[keys[0]]) for r in rows],
+    return dict(kind=kind, files=[find(folder, n, kind) for r in rows for n in r[keys[0]]], sizes=[len(r[keys[0]]) for r in rows],
                 captions=[[r["prompt"]] for r in rows for _ in r[keys[0]]], ranks=[torch.tensor(r[keys[1]]) for r in rows])
 
 
 def ava_set(folder):
     """Files and mean votes of AVA's test images."""
-    votes = {r[1]: np.array(r[2:12], float) for r in (line.split() for line in need(Path(folder) / "AVA.txt", "AVA's votes, 15 columns").read_text().splitlines())}
-    names = need(Path(folder) / "test.jpgl", "the list of test image ids, one a line").read_text().split()
+    votes = {r[1]: np.array(r[2:12], float) for r in (line.split() for line in need(Path(folder) / "AVA.txt", "AVA's votes, a line of 15 numbers an image, of its authors' AVA_dataset folder").read_text().splitlines())}
+    names = need(Path(folder) / "test.jpgl", "the list of test image ids, one a line, of AVA's aesthetics_image_lists").read_text().split()
     return dict(kind="ava", files=[find(folder, f"{n}.png" if (Path(folder) / "images" / f"{n}.png").exists() else f"{n}.jpg", "test.jpgl") for n in names],
                 captions=[[] for _ in names], votes=torch.tensor([votes[n] @ np.arange(1, 11) / votes[n].sum() for n in names]))
 

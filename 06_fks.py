@@ -452,7 +452,7 @@ def main(args):
             s_per_prompt=kept["seconds"] / len(prompts), denoiser_calls=counts["denoiser"], value_calls=counts["value"], score_calls=counts["score"],
             gflop_per_prompt=flop_per_prompt(counts, costs)) | ({"lambda": spread and args.lam, "lambda_raw": lam} if run["method"].startswith("fks") else {}))
         per_prompt.append([round(v, 6) if v == v else None for v in scores["reward"].tolist()])
-    if dead := sum(r["killed"] for r in rows):
+    if dead := sum(int(b["killed"].sum()) for kept in found for b in kept["books"]):
         print(f"warning: {dead} particles became NaN or infinite and were given weight zero")
     print_table(rows, ("method", "n_particles", "m_proposals", "proposal", "potential_value", "report", "reward", "reward_se", *[k for k in scorers], "n", "s_per_prompt",
                        "denoiser_calls", "gflop_per_prompt", "ess", "ancestors"))
@@ -465,18 +465,18 @@ def main(args):
 
 
 def draw_scaling(rows, others, path, title):
-    """The guiding reward, and up to three scorers that did not guide, against the counted compute; a curve for each method and M."""
+    """The guiding reward, and up to three scorers that did not guide, against the counted compute and the seconds of this run; a curve for each method and M."""
     import matplotlib.pyplot as plt
     panels = ["reward", *sorted(others, key=lambda k: k not in ("judge", "geneval", "imagereward"))[:3]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
-    for axis, key in zip(axes[0], panels):
+    figure, axes = plt.subplots(2, len(panels), figsize=(4.4 * len(panels), 7), squeeze=False)
+    for axis, (unit, key) in zip(axes.flat, product(("gflop_per_prompt", "s_per_prompt"), panels)):
         for name in dict.fromkeys((r["curve"], r["report"]) for r in rows):
             mine = [r for r in rows if (r["curve"], r["report"]) == name]
-            axis.errorbar([r["gflop_per_prompt"] for r in mine], [r[key] for r in mine], [r[f"{key}_se"] or 0 for r in mine], marker="o", ms=4, capsize=2,
+            axis.errorbar([r[unit] for r in mine], [r[key] for r in mine], [r[f"{key}_se"] or 0 for r in mine], marker="o", ms=4, capsize=2,
                           label=name[0] + (f" ({name[1]})" if len({r["report"] for r in rows}) > 1 else ""))
             for r in mine:
-                axis.annotate(r["n_particles"], (r["gflop_per_prompt"], r[key]), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axis.set(xlabel="GFLOP per prompt", title=key)
+                axis.annotate(r["n_particles"], (r[unit], r[key]), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.set(xlabel={"gflop_per_prompt": "GFLOP per prompt", "s_per_prompt": "seconds per prompt"}[unit], title=key)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
     figure.suptitle(title + " (beside the points: N)")
