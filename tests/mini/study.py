@@ -175,6 +175,10 @@ def readme():
                              (f" | {cost['ms_per_value']:.2f} | {cost['gflop_per_value']:.2f} |" if cost["ms_per_value"] else " | | |"))
             page += [*lines, ""]
             front += [*lines, ""] if file.stem == "04_clip" else []
+        first = [r for r in table["rows"] if r["metric"] == table["rows"][0]["metric"] and r["benchmark"] == table["rows"][0]["benchmark"]]
+        calibrated = {(r["method"], r["sigma"]): f"{r['mean_v'] - r['mean_r']:+.3f}, {r['std_v'] / r['std_r']:.2f}, {r['slope']:.2f}" for r in first if "mean_v" in r}
+        page += [f"**{title}**: calibration of V against r over all images and texts: mean V - mean r, spread of V / spread of r, slope of r on V (1 for a conditional mean)", "", *head]
+        page += [f"| {m} | " + " | ".join(calibrated[m, s] for s in SIGMAS) + " |" for m in dict.fromkeys(m for m, _ in calibrated) if m not in ("constant", "mc-1", "mc-4", "mc-16")] + [""]
     if (results / "selection.json").exists():
         page += ["## Choices of 03", "", "clip + sd3.5-medium, tuning split, 500 images, 1,000 steps of 32 where nothing else is said: recall@1_i2t, then (V - r)^2, at the five sigmas.", "",
                  "| | " + " | ".join([f"R@1 {x}" for x in SIGMAS] + [f"error {x}" for x in SIGMAS]) + " |", "|---" * 11 + "|"]

@@ -569,7 +569,7 @@ def train_large(work):
     grow(transformer, SD3Transformer2DModel.from_pretrained(medium / "transformer", dtype=torch.float32))
     for encoder, part in zip(text, ("text_encoder", "text_encoder_2")):
         encoder.load_state_dict(type(encoder).from_pretrained(medium / part, dtype=torch.float32).state_dict())
-    minutes = train_flow(work, "sd3.5-large", transformer, text, encode_text, tokenise, vae, 8, 6500, lr=6e-4)
+    minutes = train_flow(work, "sd3.5-large", transformer, text, encode_text, tokenise, vae, 8, 5500, lr=6e-4)
     save_sd3(transformer, text, vae, HERE / "sd3.5-large")
     return minutes
 
@@ -608,10 +608,10 @@ def train_flux(work):
     """The guidance embedding is 1 in the first part; in the second the model learns, at guidance 1 to 5, what its own copy gives with CFG."""
     torch.manual_seed(9)
     vae, (transformer, text) = load_vae(work, "flux-vae"), build_flux()
-    minutes = train_flow(work, "flux-base", transformer, text, encode_flux, tokenise_flux, vae, 9, 8000)
+    minutes = train_flow(work, "flux-base", transformer, text, encode_flux, tokenise_flux, vae, 9, 7000)
     teacher = copy.deepcopy((transformer, text))
     torch.nn.ModuleList([transformer, *text]).requires_grad_(True)
-    minutes += train_flow(work, "flux", transformer, text, encode_flux, tokenise_flux, vae, 10, 1000, lr=3e-4, teacher=teacher)
+    minutes += train_flow(work, "flux", transformer, text, encode_flux, tokenise_flux, vae, 10, 800, lr=3e-4, teacher=teacher)
     save_flux(transformer, text, vae, HERE / "flux")
     return minutes
 
