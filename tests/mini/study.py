@@ -8,7 +8,7 @@ draft, nft  07's five methods, 08's two, three seeds each; 08's stop windows    
 counts      what the paper measured beside what --dry-run counts at published size, and every pair of models  -> tables in README.md
 readme      writes the tables of README.md, assets/results/README.md and tests/mini/README.md from assets/results and quality.json
 
-Two processes of one thread each run side by side.
+Processes of one thread each run side by side, as many as --jobs says.
 """
 import argparse
 import json
@@ -22,6 +22,7 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+JOBS = 2
 TUNE = ["--coco", "tests/mini/data/tune/coco", "--flickr30k", ""]
 SHORT = ["--steps", 1000, "--batch", 32, "--lr", "1e-3", "--sigma-law", "logit-normal"]  # of every variant, but for what it changes
 VARIANTS = {"base": [], "uniform": ["--sigma-law", "uniform"], "ema .99": ["--ema", "0.99"], "unit": ["--embedding", "unit"],
@@ -50,7 +51,7 @@ def selection(out=ROOT / "runs/selection", names=VARIANTS):
         rows = json.loads((folder / "04_eval_noisy.json").read_text())["rows"]
         return {"variant": name} | {f"{m} {r['sigma']}": r[m] for r in rows if r["method"] == "stitchvm" and r["metric"] == "recall@1_i2t" for m in ("value", "value_mse", "slope")}
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         table = list(pool.map(one, names))
     (ROOT / "assets/results").mkdir(parents=True, exist_ok=True)
     (ROOT / "assets/results/selection.json").write_text(json.dumps(table, indent=1))
@@ -79,10 +80,10 @@ def table(backbones, rewards):
         for stage in ("02_fit_stitch", "04_eval_noisy"):
             shutil.copy(out / f"{stage}.json", results / f"{stage[:2]}_{name}.json")
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         list(pool.map(one, [(b, r) for b in backbones for r in rewards]))
     if "sd3.5-large" in backbones:  # Table 6: a Medium value on Large's latents is, the latent space being one, the same file
-        for reward in rewards:
+        for reward in [r for r in rewards if (ROOT / f"runs/mini/sd3.5-medium_{r}/value.pt").exists()]:
             run("04_eval_noisy.py", "--backbone", "sd3.5-large", "--reward", reward, "--out", f"runs/mini/medium-on-large_{reward}", "--methods", "stitchvm",
                 "--value", f"runs/mini/sd3.5-medium_{reward}/value.pt")
             shutil.copy(ROOT / f"runs/mini/medium-on-large_{reward}/04_eval_noisy.json", results / f"04_medium-on-large_{reward}.json")
@@ -225,7 +226,7 @@ def compare(stage, rewards):
         for picture in out.glob(f"{script[:2]}_*.png"):
             shutil.copy(picture, ROOT / f"assets/{name}{picture.stem[2:]}.png")
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         list(pool.map(one, studies(stage, rewards)))
 
 
@@ -260,7 +261,7 @@ def counts():
                 f"{value['tflop']:.1f} | {step['tweedie']['fits']}, {value['fits']} |")
 
     lines = ["| backbone | reward | building a value, hours and card | DPS step, TFLOP: plain, standard, value (i = 4, shared where it can be) | cards |", "|---|---|---|---|---|"]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         lines += pool.map(pair, *zip(*product(("sd3.5-medium", "sd3.5-large", "flux"), ("clip", "dfn-clip", "hpsv2", "aesthetic"))))
     between(ROOT / "README.md", "pairs", "\n".join(lines))
 
@@ -297,6 +298,8 @@ if __name__ == "__main__":
     p.add_argument("what", choices=("selection", "table", "dps", "fks", "draft", "nft", "counts", "readme"))
     p.add_argument("--backbone", nargs="+", default=["sd3.5-medium", "sd3.5-large", "flux"])
     p.add_argument("--reward", nargs="+", default=["clip", "hpsv2", "aesthetic", "dfn-clip"])
+    p.add_argument("--jobs", type=int, default=JOBS)
     args = p.parse_args()
+    JOBS = args.jobs
     whole = {"selection": selection, "table": lambda: table(args.backbone, args.reward), "counts": counts, "readme": readme}
     whole[args.what]() if args.what in whole else compare(args.what, args.reward)
