@@ -15,7 +15,7 @@ The models, in the order in which they need each other:
 
 Each model is trained in one thread, resumes from its own checkpoint in --work, is exported into its folder in half
 precision when done, and is left alone if its folder is complete. Two may be trained at once with two commands and --only.
-The quality table is printed at the end and written to quality.json; tests/mini/README.md shows it.
+Their rows of the quality table are printed at the end and written to quality.json; tests/mini/README.md shows it.
 """
 import argparse
 import copy
@@ -663,8 +663,12 @@ def ranking_accuracy(clip, groups):
     return float(np.mean(shares))
 
 
-def quality(work):
-    """The table of tests/mini/README.md, on the report split's drawn benchmarks. Returns {model: {measure: value}}."""
+def known_quality():
+    return json.loads((HERE / "quality.json").read_text()) if (HERE / "quality.json").exists() else {}
+
+
+def quality(work, names):
+    """Rows of the table of tests/mini/README.md, on the report split's drawn benchmarks: {model: {measure: value}} of the models `names`."""
     from PIL import Image
     from safetensors.torch import load_file
     from scipy.stats import spearmanr
@@ -678,14 +682,14 @@ def quality(work):
     hpd = [(r["prompt"], [read(data / "hpdv2/test" / p) for p in r["image_path"]], r["rank"]) for r in json.loads((data / "hpdv2/test.json").read_text())]
     imr = [(r["prompt"], [read(data / "imagereward" / p) for p in r["generations"]], r["ranking"]) for r in json.loads((data / "imagereward/test.json").read_text())]
     count = lambda module: sum(p.numel() for p in module.parameters())
-    before, took = HERE / "quality.json", "minutes, one thread"  # of a model that was not trained again, what it took then
-    minutes = {name: row[took] for name, row in json.loads(before.read_text()).items() if took in row} if before.exists() else {}
+    took = "minutes, one thread"
+    minutes = {name: row[took] for name, row in known_quality().items() if took in row}  # of a model that was not trained again, what it took then
     minutes |= {f.stem: float(f.read_text()) for f in work.glob("*.minutes")}
     table = {}
 
     generators = [HERE / name for name in ("sd3.5-medium", "sd3.5-large", "flux") if (HERE / name / "model_index.json").exists()]
     for name, backbone in (("vae", "sd3.5-medium"), ("flux-vae", "flux")):
-        if HERE / backbone in generators:
+        if name in names and HERE / backbone in generators:
             backbone = common.Backbone(backbone)
             with torch.no_grad():
                 y = torch.cat([backbone.decode(backbone.encode_image(b.float() / 255)) for b in images.split(100)])
@@ -693,11 +697,11 @@ def quality(work):
             found = [draw.check(i, c[0]) for i, c in zip((y * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), captions)]
             table[name] = {"parameters": count(backbone.vae), "PSNR (dB)": float(psnr.mean()), "checker on reconstructions": float(np.mean(found))}
     for name in ("clip", "dfn-clip", "hpsv2", "judge"):
-        if (HERE / name / "open_clip_model.safetensors").exists():
+        if name in names and (HERE / name / "open_clip_model.safetensors").exists():
             clip = load_clip(HERE / name)
             i2t, t2i = recall_at_1(clip, images, captions)
             table[name] = {"parameters": count(clip), "recall@1_i2t": i2t, "recall@1_t2i": t2i, "hpdv2_accuracy": ranking_accuracy(clip, hpd), "imagereward_accuracy": ranking_accuracy(clip, imr)}
-    if (HERE / "aesthetic/aesthetic_head.safetensors").exists():
+    if "aesthetic" in names and (HERE / "aesthetic/aesthetic_head.safetensors").exists():
         head, clip = aesthetic_head(64).eval(), load_clip(HERE / "aesthetic")
         head.load_state_dict({k.removeprefix("layers."): v.float() for k, v in load_file(HERE / "aesthetic/aesthetic_head.safetensors").items()})
         lines = np.array([line.split() for line in (data / "ava/AVA.txt").read_text().splitlines()], int)
@@ -708,7 +712,7 @@ def quality(work):
         table["aesthetic"] = {"parameters": count(head) + count(clip), "srcc": float(spearmanr(score, marks).statistic)}
     prompts = (data / "drawbench.txt").read_text().splitlines()
     geneval = [json.loads(line) for line in (data / "geneval.jsonl").read_text().splitlines()]
-    for folder in generators:
+    for folder in [f for f in generators if f.name in names]:
         backbone = common.Backbone(folder.name)
         condition, wanted, null = (common.encode_prompts(backbone, p) for p in (prompts, [m["prompt"] for m in geneval], [""]))
         row = table[folder.name] = {"parameters": count(backbone.transformer)}
@@ -758,10 +762,9 @@ def main(argv=None):
             minutes = TRAIN[name](work)
             log.write_text(f"{minutes:.1f}")
             print(f"{name}: {minutes:.1f} minutes")
-    if not args.only:
-        table = quality(work)
-        (HERE / "quality.json").write_text(json.dumps(table, indent=1))
-        print_quality(table)
+    table = quality(work, args.only or TRAIN)
+    (HERE / "quality.json").write_text(json.dumps(known_quality() | table, indent=1))
+    print_quality(table)
 
 
 if __name__ == "__main__":
