@@ -122,9 +122,9 @@ def twelve(results):
             if (file := results / f"04_{name}{reward}.json").exists():
                 table = json.loads(file.read_text())
                 rows = [r for r in table["rows"] if r["benchmark"] == benchmark]
-                for line in quality_rows(rows, metric, ("clean",) * (not name) + ("stitchvm", *("vae-stitch",) * (name in ("", "flux_"))), 1 if metric == "srcc" else 100):
+                for line in quality_rows(rows, metric, ("clean",) * (not name) + ("stitchvm", "vae-stitch"), 1 if metric == "srcc" else 100):
                     method, cells = line[2:].split(" |", 1)
-                    what = {"clean": f"clean images, {metric}, n = {rows[0]['n']}", "stitchvm": label, "vae-stitch": f"VAE stitch, {'flux' if name else 'sd3.5'}'s VAE"}[method]
+                    what = {"clean": f"clean images, {metric}, n = {rows[0]['n']}", "stitchvm": label, "vae-stitch": f"VAE stitch, {'flux' if name == 'flux_' else 'sd3.5'}'s VAE"}[method]
                     lines.append(f"| {reward} | {what} |{cells}")
     return [*lines, ""]
 
