@@ -255,12 +255,12 @@ def cases(script, *flags):
 def counts():
     """What the dry runs count for every pair of models, and what the paper measured on its GPUs beside what they count, into README.md."""
     def pair(backbone, reward):
-        cache, build, step = (cases(s, "--backbone", backbone, "--reward", reward) for s in ("01_cache_features.py", "03_finetune.py", "05_dps.py"))
+        build, step = (cases(s, "--backbone", backbone, "--reward", reward) for s in ("03_finetune.py", "05_dps.py"))
         value = step.get("stitchvm, i = 4, shared", step["stitchvm, i = 4"])
-        return (f"| {backbone} | {reward} | {cache['latents']['hours'] + build['stitchvm, i = 4']['hours']:.1f} h, {build['stitchvm, i = 4']['fits']} | {step['flow']['tflop']:.1f}, {step['tweedie']['tflop']:.1f}, "
+        return (f"| {backbone} | {reward} | {build['stitchvm, i = 4']['hours']:.1f} h, {build['stitchvm, i = 4']['fits']} | {step['flow']['tflop']:.1f}, {step['tweedie']['tflop']:.1f}, "
                 f"{value['tflop']:.1f} | {step['tweedie']['fits']}, {value['fits']} |")
 
-    lines = ["| backbone | reward | building a value, hours and card | DPS step, TFLOP: plain, standard, value (i = 4, shared where it can be) | cards |", "|---|---|---|---|---|"]
+    lines = ["| backbone | reward | finetuning a value (03), hours and card | DPS step, TFLOP: plain, standard, value (i = 4, shared where it can be) | cards |", "|---|---|---|---|---|"]
     with ThreadPoolExecutor(JOBS) as pool:
         lines += pool.map(pair, *zip(*product(("sd3.5-medium", "sd3.5-large", "flux"), ("clip", "dfn-clip", "hpsv2", "aesthetic"))))
     between(ROOT / "README.md", "pairs", "\n".join(lines))
