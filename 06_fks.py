@@ -320,7 +320,7 @@ def dry_run(args):
     names = args.reward.split("+")
     rewards = [Reward(name, args.preset, "meta", weights=False) for name in names]
     backbone, null = meta_backbone(args.backbone)
-    complete(args, args.backbone == "flux")
+    complete(args, backbone.name == "flux")  # also where the hub id was given
     cases, counted = [], lambda call: count(call)[0]
     common_costs = row_costs(counted, backbone, null, rewards, args.resolution)
     for i in (4, 12):  # the paper's choice for CLIP on SD 3.5 Medium, and a late one
