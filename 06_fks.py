@@ -417,28 +417,40 @@ def main(args):
           + ("the value's prefix is shared" if models.shares else "no prefix is shared"))
 
     found = [dict(scores={how: [] for how in args.report}, r=[], books=[], images=[], seconds=0.0) for _ in runs]
-    bar = tqdm(total=sum(r["N"] for r in runs) * len(prompts), desc="samples")
+    most = max(run["N"] for run in runs if run["method"] == "bon") if "bon" in args.methods else 0
+    sampled = [run for run in runs if run["method"] != "bon" or run["N"] == most]  # the best of fewer is read off these: particles do not mix
+    bar = tqdm(total=sum(run["N"] for run in sampled) * len(prompts), desc="samples")
+
+    def record(run, kept, part, images, r, books, u, seconds):
+        """Add the particles (P, N, ...) of some prompts to what a run has found."""
+        kept["seconds"] += seconds
+        kept["r"].append(r.cpu()), kept["books"].append(books)
+        for how in args.report:
+            index = select(r, books, u, "best" if run["method"] == "bon" else how)
+            shown = torch.stack([x[i] for x, i in zip(images, index)])  # (P, R, 3, H, W)
+            scores = score_images(scorers, shown.flatten(0, 1), [texts[p] for p in part for _ in index[0]])
+            scores = {n: s.view(index.shape).mean(1) for n, s in scores.items()} | {"reward": r.gather(1, index).mean(1).cpu()}
+            kept["scores"][how].append(scores)
+            if args.save_images:
+                name = "_".join([label(run, args).replace(" ", "_"), f"N={run['N']}", how])
+                write_geneval(Path(args.out) / "06_images" / name, [prompts[p] for p in part], shown, part[0])
+        best = select(r, books, u)[:, 0]
+        kept["images"] += [x[i].cpu() for x, i, p in zip(images, best, part) if p < 6]
+
     for block in range(0, len(prompts), args.batch):  # all methods in turn on each block of prompts, so that seconds compare
-        for run, kept in zip(runs, found):
+        for run in sampled:
             at_once = max(1, args.batch // run["N"])
             stop = min(block + args.batch, len(prompts))
             for k in range(block, stop, at_once):
                 part = list(range(k, min(k + at_once, stop)))
                 began = now(device)
                 images, r, books, u = sample(models, args, run, lam, part, grid, shape, args.seed)
-                kept["seconds"] += now(device) - began
-                kept["r"].append(r.cpu()), kept["books"].append(books)
-                for how in args.report:
-                    index = select(r, books, u, "best" if run["method"] == "bon" else how)
-                    shown = torch.stack([x[i] for x, i in zip(images, index)])  # (P, R, 3, H, W)
-                    scores = score_images(scorers, shown.flatten(0, 1), [texts[p] for p in part for _ in index[0]])
-                    scores = {n: s.view(index.shape).mean(1) for n, s in scores.items()} | {"reward": r.gather(1, index).mean(1).cpu()}
-                    kept["scores"][how].append(scores)
-                    if args.save_images:
-                        name = "_".join([label(run, args).replace(" ", "_"), f"N={run['N']}", how])
-                        write_geneval(Path(args.out) / "06_images" / name, [prompts[p] for p in part], shown, part[0])
-                best = select(r, books, u)[:, 0]
-                kept["images"] += [x[i].cpu() for x, i, p in zip(images, best, part) if p < 6]
+                seconds = now(device) - began
+                for other, kept in zip(runs, found):
+                    if other is run or other["method"] == run["method"] == "bon":
+                        n = other["N"]
+                        first = {name: x[:, :n] if torch.is_tensor(x) and x.ndim == 2 else x for name, x in books.items()}
+                        record(other, kept, part, images[:, :n], r[:, :n], first, u[:, :n], seconds * n / run["N"])
                 bar.update(run["N"] * len(part))
     bar.close()
 

@@ -549,6 +549,17 @@ def test_a_short_run(out, capsys):
     assert line["prompt"] == common.load_prompts(common.ROOT / "tests/mini/data/drawbench.txt")[1]["prompt"]
 
 
+def test_the_best_of_fewer_is_read_off_the_most(out):
+    """Sampled together or alone, best of one and of three are the same, at a third of the seconds."""
+    both, one = run(out, "--limit", "3", "--methods", "bon", "--n", "1", "3"), run(out, "--limit", "3", "--methods", "flow", "bon", "--n", "1")
+    both_rewards, one_rewards = (torch.tensor(t["rewards_of_prompts"]) for t in (both, one))
+    torch.testing.assert_close(both_rewards[0], one_rewards[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(one_rewards[0], one_rewards[1], atol=1e-5, rtol=0)
+    assert (both_rewards[1] >= both_rewards[0] - 1e-6).all() and both_rewards[1].mean() > both_rewards[0].mean()
+    few, many = both["rows"]
+    assert few["s_per_prompt"] == pytest.approx(many["s_per_prompt"] / 3) and few["ancestors"] == 1 and many["ancestors"] == 3
+
+
 def test_the_spread_is_measured_once(out, monkeypatch):
     """Kept for the same samples, measured anew for others; --raw-lam needs none."""
     argv = ["--limit", "2", "--methods", "fks", "--n", "2"]
