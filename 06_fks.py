@@ -45,8 +45,8 @@ def parse_args(argv=None):
     p.add_argument("--n", type=int, nargs="+", default=[4], help="particles; several give several rows (D.2: 4)")
     p.add_argument("--m", type=int, nargs="+", default=[2], help="proposals of fks+stitchvm (D.2: 2; Fig. 3: 4 and 6)")
     p.add_argument("--n-stitchvm", type=int, nargs="+", help="particles of fks+stitchvm (default: --n)")
-    p.add_argument("--lam", type=float, default=4.0, help="strength in units of the reward's spread on plain samples")
-    p.add_argument("--raw-lam", type=float, help="strength in units of the reward, instead of --lam")
+    p.add_argument("--lam", type=float, nargs="+", default=[4.0], help="strength in units of the reward's spread on plain samples")
+    p.add_argument("--raw-lam", type=float, nargs="+", help="strength in units of the reward, instead of --lam")
     p.add_argument("--potential", choices=("diff", "max", "add"), default="diff")
     p.add_argument("--potential-value", nargs="+", choices=("tweedie", "stitchvm"), default=["tweedie"], help="what weighs the particles of fks+stitchvm")
     p.add_argument("--proposal", nargs="+", choices=("argmax", "corrected"), default=["argmax"], help="argmax: Algorithm 1; corrected: unbiased")
@@ -258,12 +258,13 @@ def complete(args, flux):
 
 
 def plan(args):
-    """The runs, one for each row: method, N, M, proposal, by."""
+    """The runs, one for each row: method, N, M, proposal, by, lam in the unit it is given in."""
     runs = []
     for method in [m for m in METHODS if m in args.methods]:
         ways = product(args.m, args.proposal, args.potential_value) if method == "fks+stitchvm" else [(1, "argmax", "tweedie")]
         sizes = [1] if method == "flow" else args.n_stitchvm or args.n if method == "fks+stitchvm" else args.n
-        runs += [dict(method=method, N=n, M=m, proposal=proposal, by=by) for (m, proposal, by), n in product(ways, sizes)]
+        lams = args.raw_lam or args.lam if method.startswith("fks") else [0.0]
+        runs += [dict(method=method, N=n, M=m, proposal=proposal, by=by, lam=lam) for (m, proposal, by), lam, n in product(ways, lams, sizes)]
     return runs
 
 
@@ -339,15 +340,16 @@ def dry_run(args):
 # ---- the run
 def label(run, args):
     """A name for a run but for its N: one curve of the figure."""
+    strength = [f"lam={run['lam']:g}"] * (run["method"].startswith("fks") and len(args.raw_lam or args.lam) > 1)
     if run["method"] != "fks+stitchvm":
-        return run["method"]
+        return " ".join([run["method"], *strength])
     way = [run["proposal"]] * (len(args.proposal) > 1) + [f"by {run['by']}"] * (len(args.potential_value) > 1)
-    return " ".join([run["method"], f"M={run['M']}", *way])
+    return " ".join([run["method"], f"M={run['M']}", *way, *strength])
 
 
-def sample(models, args, run, lam, prompts, grid, shape, seed):
-    """One run on some prompts: images (P, N, 3, H, W), rewards (P, N), books with their last weighing, the uniforms for select()."""
-    N, device = run["N"], models.backbone.device
+def sample(models, args, run, unit, prompts, grid, shape, seed):
+    """One run on some prompts: images (P, N, 3, H, W), rewards (P, N), books with their last weighing, the uniforms for select(). unit: of the run's lam."""
+    N, lam, device = run["N"], run["lam"] / unit, models.backbone.device
     noise, uniform = draws(seed, prompts, N, shape, device)
     models.at(prompts)
     z, books = steer(noise("start")[:, :, 0], grid, models.denoise, noise, uniform, lam, score=models.score, value=models.value, **settings(run, args))
@@ -362,10 +364,10 @@ def reward_spread(models, args, rows, grid, shape):
     of["prompts"] = [rows[p]["prompt"] for p in prompts]
     if path.exists() and (kept := json.loads(path.read_text()))["of"] == of:
         return kept["spread"]
-    run, r = dict(method="bon", N=args.spread_samples, M=1, proposal="argmax", by="tweedie"), []
+    run, r = dict(method="bon", N=args.spread_samples, M=1, proposal="argmax", by="tweedie", lam=0.0), []
     at_once = max(1, args.batch // args.spread_samples)
     for k in tqdm(range(0, len(prompts), at_once), desc="spread"):
-        r.append(sample(models, args, run, 0.0, prompts[k:k + at_once], grid, shape, (args.seed, "spread"))[1])
+        r.append(sample(models, args, run, 1.0, prompts[k:k + at_once], grid, shape, (args.seed, "spread"))[1])
     r = torch.cat(r).double().cpu()
     spread = float(r.var(1).mean().sqrt())
     if not spread > 0:
@@ -409,10 +411,10 @@ def main(args):
     shape = backbone.vae.config.latent_channels, args.resolution // 8, args.resolution // 8
     grid = backbone.grid(args.steps, torch.zeros(1, *shape)).tolist()
     spread = reward_spread(models, args, prompts, grid, shape) if args.raw_lam is None else None
-    lam = args.raw_lam if spread is None else args.lam / spread
+    unit = spread or 1.0
     counted = partial(gflop, device=device)
     costs = row_costs(counted, backbone, null, rewards, args.resolution) | (value_costs(counted, backbone, null, rewards, values, args.resolution) if values else {})
-    print(f"{len(prompts)} prompts, {args.steps} steps, cfg {args.cfg:g}, lam {lam:.4g}" + (f" = {args.lam:g} / {spread:.4g}" if spread else "") +
+    print(f"{len(prompts)} prompts, {args.steps} steps, cfg {args.cfg:g}, lam " + ", ".join(f"{lam / unit:.4g}" + (f" = {lam:g} / {spread:.4g}" if spread else "") for lam in args.raw_lam or args.lam) +
           f"; particles are weighed after steps {', '.join(map(str, settings(dict(runs[0], method='fks'), args)['fk_steps']))}; "
           + ("the value's prefix is shared" if models.shares else "no prefix is shared"))
 
@@ -444,7 +446,7 @@ def main(args):
             for k in range(block, stop, at_once):
                 part = list(range(k, min(k + at_once, stop)))
                 began = now(device)
-                images, r, books, u = sample(models, args, run, lam, part, grid, shape, args.seed)
+                images, r, books, u = sample(models, args, run, unit, part, grid, shape, args.seed)
                 seconds = now(device) - began
                 for other, kept in zip(runs, found):
                     if other is run or other["method"] == run["method"] == "bon":
@@ -462,11 +464,11 @@ def main(args):
         counts = rows_per_prompt(run, args, models.shares)
         rows.append(table_row(run, args, kept, scores, how) | dict(
             s_per_prompt=kept["seconds"] / len(prompts), denoiser_calls=counts["denoiser"], value_calls=counts["value"], score_calls=counts["score"],
-            gflop_per_prompt=flop_per_prompt(counts, costs)) | ({"lambda": spread and args.lam, "lambda_raw": lam} if run["method"].startswith("fks") else {}))
+            gflop_per_prompt=flop_per_prompt(counts, costs)) | ({"lambda": spread and run["lam"], "lambda_raw": run["lam"] / unit} if run["method"].startswith("fks") else {}))
         per_prompt.append([round(v, 6) if v == v else None for v in scores["reward"].tolist()])
     if dead := sum(int(b["killed"].sum()) for kept in found for b in kept["books"]):
         print(f"warning: {dead} particles became NaN or infinite and were given weight zero")
-    print_table(rows, ("method", "n_particles", "m_proposals", "proposal", "potential_value", "report", "reward", "reward_se", *[k for k in scorers], "n", "s_per_prompt",
+    print_table(rows, ("method", "n_particles", "m_proposals", "lambda", "proposal", "potential_value", "report", "reward", "reward_se", *[k for k in scorers], "n", "s_per_prompt",
                        "denoiser_calls", "gflop_per_prompt", "ess", "ancestors"))
     save_table(args, "06_fks", rows, rewards_of_prompts=per_prompt, spread=spread, gflop_per_row=costs, shared=models.shares,
                values=[dict(stage=a["stage"], id=a["id"]) for a in parents])
