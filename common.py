@@ -75,12 +75,14 @@ def stage_parser(doc, presets):
 
 def parse_stage(p, presets, argv=None):
     """Parse: the preset's values are the defaults, flags given explicitly win. Fills in --out, the device and the dtype."""
-    preset = p.parse_known_args(argv)[0].preset if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv) else p.get_default("preset")
+    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        preset = p.get_default("preset")
+    else:
+        known = p.parse_known_args(argv)[0]
+        preset = "24gb" if known.dry_run and known.preset in WORLDS else known.preset  # a dry run is of published models
     p.set_defaults(**presets[preset])
     args = p.parse_args(argv)
-    if args.dry_run and preset in WORLDS:  # a dry run is of published models
-        p.set_defaults(**presets["24gb"], preset="24gb")
-        args = p.parse_args(argv)
+    args.preset = preset
     if args.preset not in WORLDS and args.hpsv2_version == "v2.1":
         args.reward = "+".join("hpsv2.1" if r == "hpsv2" else r for r in args.reward.split("+"))
     if args.out is None:

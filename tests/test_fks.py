@@ -476,7 +476,7 @@ def test_schedules():
 
 
 def test_plan_of_a_study():
-    runs = fks.plan(flags("--n", "2", "4", "--n-stitchvm", "2", "--m", "2", "6", "--proposal", "argmax", "corrected"))
+    runs = fks.plan(flags("--n", "2", "4", "--n-stitchvm", "2", "--m", "2", "6", "--proposal", "argmax", "corrected", "--potential-value", "stitchvm"))
     assert [(r["method"], r["N"], r["M"], r["proposal"]) for r in runs] == [
         ("flow", 1, 1, "argmax"), ("bon", 2, 1, "argmax"), ("bon", 4, 1, "argmax"), ("fks", 2, 1, "argmax"), ("fks", 4, 1, "argmax"),
         *[("fks+stitchvm", 2, m, p) for m in (2, 6) for p in ("argmax", "corrected")]]
@@ -539,7 +539,7 @@ def test_a_short_run(out, capsys):
     flow, bon, best, mean = rows[:4]
     assert flow["reward"] <= bon["reward"] and best["reward"] >= mean["reward"] and all(a <= b + 1e-5 for a, b in zip(*table["rewards_of_prompts"][:2]))
     assert flow["gflop_per_prompt"] < bon["gflop_per_prompt"] < best["gflop_per_prompt"] < rows[4]["gflop_per_prompt"]
-    assert best["lambda"] == 4 and best["lambda_raw"] == pytest.approx(4 / table["spread"])
+    assert best["lambda"] == 1 and best["lambda_raw"] == pytest.approx(1 / table["spread"])
     assert table["shared"] is True and table["values"][0]["stage"] == "03_finetune"
     for name in ("06_scaling", "06_grid"):
         assert Image.open(out / f"{name}.png").width > 300
