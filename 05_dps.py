@@ -143,9 +143,10 @@ def choose_strength(swept, plain, guiding, tolerance=2.0):
 
 
 def step_functions(backbone, rewards, values, condition, null, texts, cfg, share, checkpointing=False):
-    """velocity(z, sigma) and {kind: gradient(z, sigma) -> (u, V, dV/dz)} for one batch of prompts."""
+    """velocity(z, sigma) and {kind: gradient(z, sigma) -> (u, V, dV/dz)} for one batch of prompts; 'unprompted' is tweedie without the prompt, as V is."""
     velocity = partial(backbone.velocity, condition=condition, null=null, cfg=cfg)
     return velocity, {"tweedie": partial(tweedie_gradient, partial(velocity, checkpointing=checkpointing), backbone.decode, rewards, texts),
+                      "unprompted": partial(tweedie_gradient, partial(backbone.velocity, condition=null), backbone.decode, rewards, texts),
                       "stitchvm": partial(stitchvm_gradient, velocity, values, texts, share=backbone.transformer if share else None)}
 
 
@@ -259,16 +260,17 @@ def main(args):
                     sigma = torch.full((len(zt),), grid[node], device=device)
                     run["V"].setdefault(grid[node], []).append(joint_value(values, zt, sigma, of(rows))[0].cpu())
                     if k < 16 and run["method"] == "flow" and len(strengths) == 2:
-                        gradients_at.setdefault(grid[node], []).append([gradients[kind](zt, sigma)[2].flatten(1).cpu() for kind in ("stitchvm", "tweedie")])
+                        gradients_at.setdefault(grid[node], []).append([gradients[kind](zt, sigma)[2].flatten(1).cpu() for kind in ("stitchvm", "tweedie", "unprompted")])
         images = [torch.cat(run["images"]) for run in runs]
         scorers = reward_and_scorers(rewards, args.preset, device)  # loaded here and freed, which leaves sampling its memory
         scores = [score_images(scorers, x, prompts[first:first + n], device=device) for x in images]
         agreement = []
         for t, pairs in gradients_at.items():
-            a, b = (torch.cat(v) for v in zip(*pairs))
-            ratio, ok = a.norm(dim=1) / b.norm(dim=1).clamp(min=1e-12), (a.isfinite() & b.isfinite()).all(1)
+            a, b, c = (torch.cat(v) for v in zip(*pairs))
+            ratio, ok = a.norm(dim=1) / b.norm(dim=1).clamp(min=1e-12), (a.isfinite() & b.isfinite() & c.isfinite()).all(1)
             if ok.sum() > 1:
-                agreement.append(dict(sigma=t, **mean_and_error({"cosine": F.cosine_similarity(a, b)[ok], "norm_ratio": ratio[ok]})))
+                cosines = {"cosine": F.cosine_similarity(a, b)[ok], "cosine_unprompted": F.cosine_similarity(a, c)[ok]}
+                agreement.append(dict(sigma=t, **mean_and_error(cosines | {"norm_ratio": ratio[ok]})))
         return images, scores, agreement
 
     def rows_of(split, runs, scores):
@@ -387,7 +389,8 @@ def draw_value(trajectory, agreement, rows, path, title):
     axes[0, 0].legend(fontsize=8)
     if agreement:
         axis = axes[0, 1]
-        axis.errorbar([r["sigma"] for r in agreement], [r["cosine"] for r in agreement], [r["cosine_se"] for r in agreement], marker="o", ms=3, capsize=2, label="cosine")
+        for key, name in (("cosine", "cosine"), ("cosine_unprompted", "cosine with tweedie's without prompt and CFG")):
+            axis.errorbar([r["sigma"] for r in agreement], [r[key] for r in agreement], [r[f"{key}_se"] for r in agreement], marker="o", ms=3, capsize=2, label=name)
         axis.plot([r["sigma"] for r in agreement], [r["norm_ratio"] for r in agreement], "s:", ms=3, label="|grad V| / |grad r(D(zhat_0))|")
         axis.set(xlabel="sigma", title="stitchvm's gradient against tweedie's,\nat plain sampling's latents")
         axis.legend(fontsize=8)

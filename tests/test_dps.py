@@ -399,7 +399,7 @@ def test_a_whole_short_run(run, values, tmp_path):
     assert report["flow"]["peak_memory_mb"] == 0 < report["stitchvm"]["peak_memory_mb"] < 0.5 * report["tweedie"]["peak_memory_mb"]
     assert 2 <= report["tweedie, equal time"]["steps"] <= 4 and report["tweedie"]["steps"] == 4
     assert {r["method"] for r in table["trajectory"]} == set(report) and {r["sigma"] for r in table["trajectory"] if r["method"] == "flow"} == {a["sigma"] for a in table["agreement"]}
-    assert all(-1 <= a["cosine"] <= 1 < 2 <= len(table["agreement"]) for a in table["agreement"])
+    assert all(-1 <= a[k] <= 1 < 2 <= len(table["agreement"]) for a in table["agreement"] for k in ("cosine", "cosine_unprompted"))
     assert all(m in printed for m in report)
     for name in ("05_strength", "05_grid", "05_value"):
         assert Image.open(tmp_path / "out" / f"{name}.png").width > 300

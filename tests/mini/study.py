@@ -129,20 +129,76 @@ def twelve(results):
     return [*lines, ""]
 
 
-def alignment(results):
-    """Markdown: 05 to 08 at default flags, the generator as it is and what each method makes of it; of 07 and 08 the last evaluation point."""
-    lines = ["| | method | n | reward | judge | geneval | seconds | GFLOP | of |", "|---" * 9 + "|"]
-    for file in sorted(results.glob("0[5-8]_clip.json")):
-        rows = [r for r in json.loads(file.read_text())["rows"] if r.get("split") != "tune"]
-        if file.stem[:2] in ("07", "08"):
-            rows = [rows[0] | dict(method="base"), *{r["method"]: r for r in rows}.values()]
-        for r in rows:
-            per = next((k.removeprefix("gflop_per_") for k in r if k.startswith("gflop_per_")), None)
-            name = r["method"] + (f", c = {r['strength']:g}" if r.get("strength") else "") + (f", N = {r['n_particles']}" if r.get("n_particles", 1) > 1 else "") + (f", M = {r['m_proposals']}" if r.get("m_proposals", 1) > 1 else "")
-            seconds, work = (r[f"s_per_{per}"], r[f"gflop_per_{per}"]) if per else (r["seconds"], r["gflop"])
-            lines.append(f"| {file.stem[:2]} | {name} | {r['n']} | " + " | ".join(f"{r[k]:.3f} ± {r[k + '_se']:.3f}" for k in ("reward", "judge", "geneval")) +
-                         (f" | {seconds:.2f} | {work:,.0f} | a {per} |" if per else f" | {seconds:.0f} | {work:,.0f} | training |"))
+def read_rows(file, split="report"):
+    return [r for r in json.loads(file.read_text())["rows"] if r.get("split", split) == split]
+
+
+def measured(row, key):
+    return f"{row[key]:.3f} ± {row[key + '_se']:.3f}"
+
+
+def guided(results):
+    """Markdown: 05 of each reward on the report prompts."""
+    lines = ["| reward | method | c | steps | reward | judge | geneval | time | work | MB kept |", "|---" * 10 + "|"]
+    for reward in MAIN:
+        if (file := results / f"05_{reward}.json").exists():
+            for r in read_rows(file):
+                c = f"{r['strength']:g}" if r["strength"] else ""
+                lines.append(f"| {reward} | {r['method']} | {c} | {r['steps']} | " + " | ".join(measured(r, k) for k in ("reward", "judge", "geneval")) +
+                             f" | {r['time_of_flow']:.1f} | {r['gflop_of_flow']:.1f} | {r['peak_memory_mb']:.1f} |")
     return lines
+
+
+def steered(results):
+    """Markdown: 06's scaling study, a line for each method and a column for each N."""
+    if not (file := results / "06_scaling.json").exists():
+        return []
+    rows = read_rows(file)
+    sizes = sorted({r["n_particles"] for r in rows})
+    lines = ["| reward (GFLOP a prompt) | " + " | ".join(f"N = {n}" for n in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for curve in dict.fromkeys(r["curve"] for r in rows):
+        mine = {r["n_particles"]: r for r in rows if r["curve"] == curve}
+        lines.append(f"| {curve} | " + " | ".join(f"{measured(mine[n], 'reward')} ({mine[n]['gflop_per_prompt']:.0f})" if n in mine else "" for n in sizes) + " |")
+    return lines
+
+
+def larger(results):
+    """Markdown: 06 on sd3.5-large, steered by its own value model and by sd3.5-medium's (Table 6)."""
+    files = {value: results / f"06_large-by-{value}.json" for value in ("large", "medium")}
+    if not all(f.exists() for f in files.values()):
+        return []
+    lines = ["| sd3.5-large, steered by | method | N | M | n | reward | judge | geneval |", "|---" * 8 + "|"]
+    for value, file in files.items():
+        for r in read_rows(file):
+            if value == "large" or r["method"] == "fks+stitchvm":  # the others use no value model
+                lines.append(f"| {f'the value of sd3.5-{value}' if r['method'] == 'fks+stitchvm' else ''} | {r['curve']} | {r['n_particles']} | {r['m_proposals']} | {r['n']} | " +
+                             " | ".join(measured(r, k) for k in ("reward", "judge", "geneval")) + " |")
+    return lines
+
+
+def finetuned(results):
+    """Markdown: 07 and 08 at default flags, the generator as it is and what each method makes of it at its last evaluation point."""
+    lines = ["| | method | n | reward | judge | geneval | seconds | GFLOP |", "|---" * 8 + "|"]
+    for file in (results / "07_clip.json", results / "08_clip.json"):
+        rows = read_rows(file)
+        for r in [rows[0] | dict(method="base"), *{r["method"]: r for r in rows}.values()]:
+            lines.append(f"| {file.stem[:2]} | {r['method']} | {r['n']} | " + " | ".join(measured(r, k) for k in ("reward", "judge", "geneval")) + f" | {r['seconds']:.0f} | {r['gflop']:,.0f} |")
+    return lines
+
+
+def over_seeds(results, stem):
+    """Markdown: the last evaluation point of each method of 07 or 08, mean and standard error over the seeds, and the work after which it has its baseline's last reward."""
+    tables = [json.loads(f.read_text()) for f in sorted(results.glob(f"{stem}_seed?.json"))]
+    if len(tables) < 2:
+        return []
+    lines = [f"## {stem}: {len(tables)} seeds", "", "| method | reward | gain | judge | geneval | GFLOP | the baseline's last reward, after this share of its work |", "|---" * 7 + "|"]
+    for method in dict.fromkeys(r["method"] for r in tables[0]["rows"]):
+        last, first = ([[r for r in t["rows"] if r["method"] == method][k] for t in tables] for k in (-1, 0))
+        mean = lambda x: f"{sum(x) / len(x):.3f} ± {(sum((v - sum(x) / len(x)) ** 2 for v in x) / (len(x) - 1) / len(x)) ** 0.5:.3f}"
+        shares = [next((f"{w['share']:.0%}" if w["share"] is not None else "never" for w in t["work_saved"] if w["method"] == method), "") for t in tables]
+        lines.append(f"| {method} | " + " | ".join([mean([r["reward"] for r in last]), mean([a["reward"] - b["reward"] for a, b in zip(last, first)]), *(mean([r[k] for r in last]) for k in ("judge", "geneval"))]) +
+                     f" | {sum(r['gflop'] for r in last) / len(last):,.0f} | {', '.join(shares)} |")
+    return [*lines, ""]
 
 
 def readme():
@@ -186,8 +242,10 @@ def readme():
         page += [f"| {r['variant']} | " + " | ".join([f"{100 * r[f'value {x}']:.1f}" for x in SIGMAS] + [f"{r[f'value_mse {x}']:.4f}" for x in SIGMAS]) + " |"
                  for r in json.loads((results / "selection.json").read_text())] + [""]
     page += [line for file in sorted(results.glob("0[5-8]_*.json")) for line in comparison(file)]
+    page += over_seeds(results, "07") + over_seeds(results, "08")
     between(ROOT / "README.md", "results", "\n".join(front).rstrip())
-    between(ROOT / "README.md", "alignment", "\n".join(alignment(results)))
+    for marker, lines in (("guided", guided), ("steered", steered), ("larger", larger), ("finetuned", finetuned)):
+        between(ROOT / "README.md", marker, "\n".join(lines(results)))
     (results / "README.md").write_text("\n".join(page))
     quality = json.loads((ROOT / "tests/mini/quality.json").read_text())
     keys = list(dict.fromkeys(k for row in quality.values() for k in row))
@@ -202,13 +260,15 @@ def studies(stage, rewards):
     if stage == "dps":
         wide = ["--limit", 100, "--tune-limit", 32, *(x for m in ("tweedie", "stitchvm") for x in (f"--strengths-{m}", 5, 10, 20, 40, 80))]
         return [(f"05_{r}", "05_dps.py", [*value(r), *wide]) for r in rewards] + [
-            (f"05_{rewards[0]}_{name}", "05_dps.py", [*value(rewards[0]), *wide, "--methods", "flow", "tweedie", "stitchvm", *flags])
+            (f"05_{rewards[0]}-{name}", "05_dps.py", [*value(rewards[0]), *wide, "--methods", "flow", "tweedie", "stitchvm", "--no-equal-time", *flags])
             for name, flags in (("above", ["--guide-to", 0.5]), ("below", ["--guide-from", 0.5]))]
     if stage == "fks":
-        large = ["--backbone", "sd3.5-large", "--limit", 100, "--m", 4]
-        return [("06_scaling", "06_fks.py", [*value("clip"), "--limit", 100, "--methods", "bon", "fks", "fks+stitchvm", "--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6]),
-                ("06_proposals", "06_fks.py", [*value("clip"), "--limit", 100, "--m", 2, 4, "--proposal", "argmax", "corrected", "--report", "best", "mean"]),
-                ("06_large-by-large", "06_fks.py", [*large, "--value", "runs/mini/sd3.5-large_clip/value.pt"]), ("06_large-by-medium", "06_fks.py", [*large, "--value", "runs/mini/sd3.5-medium_clip/value.pt"])]
+        both, steer = ["--methods", "bon", "fks", "fks+stitchvm"], ["--limit", 100, "--potential-value", "stitchvm"]
+        large = ["--backbone", "sd3.5-large", *both, *steer, "--m", 4]
+        return [("06_lam", "06_fks.py", [*value("clip"), *both, "--prompts", "tests/mini/data/tune/drawbench.txt", "--limit", 64, "--potential-value", "stitchvm", "--m", 4, "--lam", 0.5, 1, 2, 4]),
+                ("06_scaling", "06_fks.py", [*value("clip"), *steer, *both, "--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6]),
+                ("06_proposals", "06_fks.py", [*value("clip"), *steer, "--methods", "bon", "fks+stitchvm", "--n", 6, "--m", 4, "--lam", 1, 4, "--proposal", "argmax", "corrected", "--report", "best", "mean"]),
+                *((f"06_large-by-{v}", "06_fks.py", [*large, "--value", f"runs/mini/sd3.5-{v}_clip/value.pt"]) for v in ("large", "medium"))]
     if stage == "draft":
         methods = ["--methods", "draft-1", "draft-3", "alignprop", "draft-1+stitchvm", "draft-3+stitchvm"]
         return [(f"07_seed{seed}{'_even' * (grid == 'even')}", "07_draft.py", [*value("clip"), *methods, "--eval-limit", 100, "--seed", seed, "--grid", grid]) for seed in range(3) for grid in ("scheduler", "even")]
@@ -224,22 +284,24 @@ def compare(stage, rewards):
         run(script, "--out", out, *flags)
         shutil.copy(out / f"{Path(script).stem}.json", ROOT / f"assets/results/{name}.json")
         for picture in out.glob(f"{script[:2]}_*.png"):
-            shutil.copy(picture, ROOT / f"assets/{name}{picture.stem[2:]}.png")
+            shutil.copy(picture, ROOT / f"assets/{name}_{picture.stem[3:]}.png")
 
     with ThreadPoolExecutor(JOBS) as pool:
         list(pool.map(one, studies(stage, rewards)))
 
 
-COLUMNS = {"05": ("method", "strength", "steps", "n", "s_per_sample", "gflop_per_sample", "peak_memory_mb"), "06": ("method", "n_particles", "m_proposals", "proposal", "n", "s_per_prompt", "gflop_per_prompt"),
+COLUMNS = {"05": ("method", "strength", "steps", "n", "s_per_sample", "time_of_flow", "gflop_per_sample", "gflop_of_flow", "peak_memory_mb"),
+           "06": ("method", "n_particles", "m_proposals", "lambda", "proposal", "report", "n", "s_per_prompt", "gflop_per_prompt"),
            "07": ("method", "update", "n", "seconds", "gflop"), "08": ("run", "update", "n", "seconds", "gflop")}
 
 
 def comparison(file):
-    """Markdown of a table of 05 to 08: what is reported, without the sweeps on tuning prompts."""
-    rows, keys = [r for r in json.loads(file.read_text())["rows"] if r.get("split") != "tune"], COLUMNS[file.stem[:2]]
+    """Markdown of a table of 05 to 08: what is reported, without the sweeps on tuning prompts, and its figures."""
+    rows, keys = read_rows(file), COLUMNS[file.stem[:2]]
     metrics = ["reward", *(k for k in rows[0] if f"{k}_se" in rows[0] and k not in ("reward", "gain"))]
     cell = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
-    lines = [f"## {file.stem}", "", "| " + " | ".join([*keys, *metrics]) + " |", "|---" * (len(keys) + len(metrics)) + "|"]
+    pictures = [f"[{p.stem.removeprefix(file.stem + '_')}](../{p.name})" for p in sorted((ROOT / "assets").glob(f"{file.stem}_*.png"))]
+    lines = [f"## {file.stem}", "", f"`{json.loads(file.read_text())['provenance']['command']}`; figures: {', '.join(pictures)}", "", "| " + " | ".join([*keys, *metrics]) + " |", "|---" * (len(keys) + len(metrics)) + "|"]
     lines += ["| " + " | ".join([*(cell(r.get(k)) for k in keys), *(f"{r[m]:.3f} ± {r[m + '_se']:.3f}" if m in r else "" for m in metrics)]) + " |" for r in rows]
     return [*lines, ""]
 
