@@ -9,7 +9,7 @@ Reads   value.pt of each reward (03); prompts. A value of another backbone on th
 Writes  out/06_fks.json, out/06_scaling.png (reward against GFLOP), out/06_grid.png, out/06_spread.json (the reward's spread on plain samples,
         measured once), with --save-images out/06_images in GenEval's layout
 Run     python 06_fks.py                                                       # the miniature, 48 prompts, under three minutes on two idle cores
-        python 06_fks.py --limit 100 --n 2 4 6 8 10 12 14 --n-stitchvm 2 4 6 8 --m 2 4 6         # the scaling study (Fig. 3)
+        python 06_fks.py --limit 100 --potential-value stitchvm --n 2 4 6 8 10 12 14 --n-stitchvm 2 4 6 8 --m 2 4 6    # the scaling study (Fig. 3)
         python 06_fks.py --methods fks+stitchvm --proposal argmax corrected --report best mean   # the argmax is biased, this much
         python 06_fks.py --backbone sd3.5-large --value runs/mini/sd3.5-medium_clip/value.pt     # a Medium value guides Large (Table 6)
 Departs from the paper: lam is in units of the reward's spread among samples of one prompt; --raw-lam is the paper's [D13]. Weights live in log
@@ -235,7 +235,7 @@ def draws(seed, prompts, N, shape, device):
         return torch.stack([torch.stack([particle(p, n) for n in range(N)]) for p in prompts]).to(device)
 
     def uniform(k):
-        return torch.stack([torch.rand(2, N, generator=generator(seed, "uniform", p, k)) for p in prompts], 1).to(device)
+        return torch.stack([torch.rand(N, 2, generator=generator(seed, "uniform", p, k)).T for p in prompts], 1).to(device)
     return noise, uniform
 
 

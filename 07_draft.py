@@ -49,6 +49,7 @@ def parse_args(argv=None):
     p.add_argument("--value", nargs="+", metavar="FILE", help="value models, one for each reward of the sum")
     p.add_argument("--steps", type=int, default=10, help="of a rollout (App. D.3: 10)")
     p.add_argument("--grid", choices=("scheduler", "even"), default="scheduler", help="scheduler: its own, whose last step starts at sigma .009; even: sigmas from 1 to 1/steps, shifted")
+    p.add_argument("--shift", type=float, help="of the noise levels, of rollouts and evaluation (default: the scheduler's own, 3 for SD 3.5)")
     p.add_argument("--stop", type=int, nargs=2, default=[3, 7], metavar=("FIRST", "LAST"), help="nodes of the grid at which '+stitchvm' stops, uniform (App. D.3: 3 7)")
     p.add_argument("--regularise", type=float, default=0.01, metavar="LAM", help="weight of the distance to the base velocity")
     p.add_argument("--rank", type=int, default=32)
@@ -123,7 +124,7 @@ def parse_method(name, args):
 
 def check(args):
     """Refuse what cannot be run, in one sentence."""
-    for name in ("steps", "rank", "batch", "accumulate", "eval_every", "eval_steps", "save_every", "updates", "gflop", "seconds"):
+    for name in ("steps", "rank", "batch", "accumulate", "eval_every", "eval_steps", "save_every", "updates", "gflop", "seconds", "shift"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "steps" else 1e-9):
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, which is too small")
     if any(name.endswith("+stitchvm") for name in args.methods) and not 1 <= args.stop[0] <= args.stop[1] <= args.steps:
@@ -175,6 +176,8 @@ def main(args):
 
     rank, world = processes()
     backbone = Backbone(args.backbone, args.preset, device, getattr(torch, args.dtype))
+    if args.shift is not None:
+        backbone.set_shift(args.shift)
     cache = args.out if rank == 0 else None
     condition = [v.cpu() for v in encode_prompts(backbone, trained, cache=cache)]
     held_out_condition = [v.cpu() for v in encode_prompts(backbone, held_out, cache=cache)]
@@ -199,7 +202,7 @@ def main(args):
 
     running = Path(args.out) / "07_draft.train"
     must_agree = {"processes": world, "values": [a["id"] for a in artifacts], "prompts": f"{len(trained)}: {trained[0]} ...", "eval_prompts": f"{len(held_out)}: {held_out[0]} ..."} | {k: getattr(args, k) for k in (
-        "preset", "dtype", "backbone", "reward", "resolution", "methods", "seed", "steps", "grid", "stop", "regularise", "rank", "alpha", "lr", "clip", "ema", "batch", "accumulate", "checkpointing",
+        "preset", "dtype", "backbone", "reward", "resolution", "methods", "seed", "steps", "grid", "shift", "stop", "regularise", "rank", "alpha", "lr", "clip", "ema", "batch", "accumulate", "checkpointing",
         "eval_every", "eval_steps")}
     fresh = dict(update=0, seconds=0.0, gflop=0.0, lora=first, average=first, optimizer=None, sums=[0.0] * 5)  # the sums are of a row's training statistics
     state = dict(fresh, method=0, rows=[], images=[], rewards=[])

@@ -58,6 +58,7 @@ def parse_args(argv=None):
     p.add_argument("--updates", type=int, help="optimiser steps; the paper gives none, its hours allow about 300")
     p.add_argument("--gflop", type=float, help="a method ends after so much counted work, of all processes together, if not after --updates")
     p.add_argument("--steps", type=int, default=25, help="of the solver (D.3: 25)")
+    p.add_argument("--shift", type=float, help="of the noise levels, of rollouts and evaluation (default: the scheduler's own, 3 for SD 3.5)")
     p.add_argument("--stop-window", nargs="+", default=["12-17"], metavar="A-B", help="nft+stitchvm stops after A to B steps; several give several runs")
     p.add_argument("--train-times", type=int, help="noise levels at which an image is trained on, drawn from the grid's nodes above tau (official: 0.99 --steps)")
     p.add_argument("--loss", choices=("official", "paper"), default="official", help="[D9]")
@@ -215,6 +216,8 @@ def main(args):
         fail(f"--prompts {args.prompts} of an update must be at least one for each of {world} processes, and at most the {len(pool)} prompts to train on")
     files = value_files(args, names) if any(run["value"] for run in runs) else []  # before anything that takes long
     backbone = Backbone(args.backbone, args.preset, device, getattr(torch, args.dtype))
+    if args.shift is not None:
+        backbone.set_shift(args.shift)
     encoded = [v.cpu() for v in encode_prompts(backbone, [*pool, *held_out], cache=None if rank else args.out)]
     condition, held_out_condition = [v[:len(pool)] for v in encoded], [v[len(pool):] for v in encoded]
     rewards = [Reward(name, args.preset, device) for name in names]
@@ -240,7 +243,7 @@ def main(args):
     running = Path(args.out) / "08_nft.train"
     must_agree = {"values": [a["id"] for a in artifacts], "processes": world, "runs": [run["name"] for run in runs]} | {k: getattr(args, k) for k in (
         "preset", "backbone", "reward", "seed", "resolution", "dtype", "train_prompts", "train_limit", "eval_prompts", "eval_limit", "eval_every", "eval_steps", "prompts", "images", "updates",
-        "gflop", "steps", "stop_window", "train_times", "loss", "beta", "kl", "adv_clip", "decay", "eta", "rank", "alpha", "lr", "weight_decay", "clip", "ema", "batch")}
+        "gflop", "steps", "shift", "stop_window", "train_times", "loss", "beta", "kl", "adv_clip", "decay", "eta", "rank", "alpha", "lr", "weight_decay", "clip", "ema", "batch")}
     done, rows, curve, shown, per_prompt = dict(run=0, update=0), [], [], [], []
     if args.resume:
         done = load_artifact(running, must_agree, "08_nft.py")["data"]

@@ -333,6 +333,12 @@ class Backbone:
         from diffusers import FlowMatchEulerDiscreteScheduler
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.source, subfolder="scheduler")
 
+    def set_shift(self, shift):
+        """Another shift of the noise levels, t -> shift t / (1 + (shift - 1) t). SD 3's 3 is made for 1024 px: noise hides more of a smaller image."""
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            fail(f"{self.name} shifts its noise levels by the resolution: leave --shift out")
+        self.scheduler = type(self.scheduler).from_config(self.scheduler.config, shift=shift)
+
     def latent_space(self):
         """What two backbones must have in common to read each other's latents: the VAE."""
         c, v = self.vae.config, self.vae

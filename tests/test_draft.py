@@ -64,6 +64,17 @@ def test_rollout_is_the_schedulers(seed):
             assert_close(zk, expected, atol=1e-5, rtol=0)
 
 
+def test_another_shift():
+    """Without a shift diffusers' grid is even down to its smallest level; the pipeline's own 3 stays where no flag says otherwise."""
+    backbone = common.Backbone("sd3.5-medium")
+    own = backbone.grid(10, torch.empty(1, 16, 8, 8))
+    backbone.set_shift(1.0)
+    assert_close(backbone.grid(10, torch.empty(1, 16, 8, 8)), torch.cat([torch.linspace(1, 0.001, 10), torch.zeros(1)]), atol=1e-6, rtol=0)
+    assert own[5] == pytest.approx(0.7073, abs=1e-3)
+    with pytest.raises(SystemExit, match="leave --shift out"):
+        common.Backbone("flux").set_shift(1.0)
+
+
 def test_noise_levels():
     """The two readings of "10 steps, shift 3"."""
     backbone = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))

@@ -434,6 +434,7 @@ def test_draws_do_not_depend_on_n_m_or_the_batch():
     small, few = fks.draws(0, [6], 2, (16, 4, 4), "cpu")
     assert torch.equal(noise(3, 4)[1:, :2, :2], small(3, 2)) and torch.equal(noise("start")[1:, :2], small("start"))
     assert not torch.equal(noise(3), noise(4)) and uniform(3).shape == (2, 2, 4)
+    assert torch.equal(uniform(3)[:, 1:, :2], few(3))
     assert not torch.equal(noise(3)[0], noise(3)[1]) and not torch.equal(noise(3)[:, 0], noise(3)[:, 1])
     assert not torch.equal(fks.draws(1, [6], 2, (16, 4, 4), "cpu")[0](3), small(3))
 
