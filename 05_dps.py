@@ -18,7 +18,7 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, Table 1, App. D.2, Eqs. (4), (11),
 Reads   out/value.pt (03); for a joint reward a+b each one's own, runs/<preset>/<backbone>_<reward>/value.pt, or --value FILE FILE; prompts
 Writes  out/05_dps.json, out/05_strength.png (the sweep), out/05_grid.png (images), out/05_value.png (V along sampling, agreement of the gradients);
         with --save-images out/images/<method>/ in GenEval's layout
-Run     python 05_dps.py                                                         # the miniature, under four minutes on two cores
+Run     python 05_dps.py                                                         # the miniature, under three minutes on two cores
         python 05_dps.py --guide-from 0.5 --out DIR --value FILE                 # guidance at sigma <= .5 only; --guide-to 0.5: above only
         python 05_dps.py --reward clip+hpsv2 --limit 16
 Departs from the paper: the miniature takes 40 steps and unit guidance. The paper sweeps [.5, 7] (StitchVM) and [.01, .5] (DPS) without saying
@@ -42,8 +42,8 @@ from common import (Backbone, Reward, clean_reward, count, encode_prompts, fail,
 METHODS = ("flow", "tweedie", "stitchvm", "stitchvm+tweedie")
 EQUAL = "tweedie, equal time"
 PUBLISHED = dict(strengths_tweedie=[1, 3, 10, 25, 50], strengths_stitchvm=[50, 100, 200, 350, 700], guidance="exact", steps=100, batch=1)
-PRESETS = {"mini": dict(prompts="tests/mini/data/drawbench.txt", tune_prompts="tests/mini/data/tune/drawbench.txt", limit=40, tune_limit=16, resolution=64, steps=40,
-                        batch=16, guidance="unit", strengths_tweedie=[5, 10, 20, 40], strengths_stitchvm=[2.5, 5, 10, 20], equal_time=True),
+PRESETS = {"mini": dict(prompts="tests/mini/data/drawbench.txt", tune_prompts="tests/mini/data/tune/drawbench.txt", limit=32, tune_limit=12, resolution=64, steps=40,
+                        batch=16, guidance="unit", strengths_tweedie=[10, 20, 40], strengths_stitchvm=[10, 20, 40], equal_time=True),
            "24gb": dict(resolution=512, **PUBLISHED), "paper": dict(resolution=1024, **PUBLISHED)}
 
 

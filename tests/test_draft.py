@@ -461,7 +461,7 @@ def test_a_whole_short_run(run, values, tmp_path):
         if r["update"] == 0:
             assert r["gflop"] == r["seconds"] == 0 and {k: v for k, v in r.items() if k != "method"} == {k: v for k, v in rows[0].items() if k != "method"}
         else:
-            assert r["gflop"] > 0 and r["seconds"] > 0 and r["gradient"] > 0 and r["loss"] == pytest.approx(0.01 * r["distance"] - r["score"], abs=1e-6)
+            assert r["gflop"] > 0 and r["seconds"] > 0 and r["gradient"] > 0 and r["loss"] == pytest.approx(table["config"]["regularise"] * r["distance"] - r["score"], abs=1e-6)
     gflop = {r["method"]: r["gflop"] for r in rows if r["update"] == 2}
     assert gflop["draft-1+stitchvm"] < 0.6 * gflop["draft-1"] < 0.6 * gflop["alignprop"]
     assert len(table["grid"]) == 11 and len(table["values"]) == 1 and [len(v) for v in table["rewards_of_prompts"]] == [3] * 6
