@@ -4,7 +4,7 @@ selection   short trainings of the value model of clip that differ in one choice
             compared on the tuning split only                                     -> assets/results/selection.json
 table       01 to 04 with both baselines, for each backbone and reward, on the report split    -> assets/results/04_<…>.json and the figures
 dps, fks    05 with each reward, and guided above or below sigma .5 only; 06's scaling in N and M, its proposals  -> assets/results/05_*, 06_*
-draft, nft  07's five methods, 08's two, three seeds each; 08's stop windows                               -> assets/results/07_*, 08_*
+draft, nft  07 and 08 at equal work, three seeds each; 07's other methods, 08's stop windows               -> assets/results/07_*, 08_*
 counts      what the paper measured beside what --dry-run counts at published size, and every pair of models  -> tables in README.md
 readme      writes the tables of README.md, assets/results/README.md and tests/mini/README.md from assets/results and quality.json
 
@@ -264,20 +264,21 @@ def studies(stage, rewards):
             for name, flags in (("above", ["--guide-to", 0.5]), ("below", ["--guide-from", 0.5]))]
     if stage == "fks":
         both, steer = ["--methods", "bon", "fks", "fks+stitchvm"], ["--limit", 100, "--potential-value", "stitchvm"]
-        large = ["--backbone", "sd3.5-large", *both, *steer, "--m", 4]
-        return [("06_lam", "06_fks.py", [*value("clip"), *both, "--prompts", "tests/mini/data/tune/drawbench.txt", "--limit", 64, "--potential-value", "stitchvm", "--m", 4, "--lam", 0.5, 1, 2, 4]),
+        large = ["--backbone", "sd3.5-large", *both, *steer, "--limit", 64, "--m", 4]
+        return [("06_lam", "06_fks.py", [*value("clip"), *both, "--prompts", "tests/mini/data/tune/drawbench.txt", "--limit", 64, "--potential-value", "stitchvm", "--m", 4, "--lam", 0.5, 1, 4]),
                 ("06_scaling", "06_fks.py", [*value("clip"), *steer, *both, "--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6]),
-                ("06_proposals", "06_fks.py", [*value("clip"), *steer, "--methods", "bon", "fks+stitchvm", "--n", 6, "--m", 4, "--lam", 1, 4, "--proposal", "argmax", "corrected", "--report", "best", "mean"]),
+                ("06_proposals", "06_fks.py", [*value("clip"), *steer, "--limit", 64, "--methods", "bon", "fks+stitchvm", "--m", 4, "--lam", 1, 4, "--proposal", "argmax", "corrected", "--report", "best", "mean"]),
                 *((f"06_large-by-{v}", "06_fks.py", [*large, "--value", f"runs/mini/sd3.5-{v}_clip/value.pt"]) for v in ("large", "medium"))]
     if stage == "draft":
-        methods = ["--methods", "draft-1", "draft-3", "alignprop", "draft-1+stitchvm", "draft-3+stitchvm"]
-        return [(f"07_seed{seed}{'_even' * (grid == 'even')}", "07_draft.py", [*value("clip"), *methods, "--eval-limit", 100, "--seed", seed, "--grid", grid]) for seed in range(3) for grid in ("scheduler", "even")]
-    equal = ["--updates", 1000, "--gflop", 6400, "--eval-every", 2]
+        long = [*value("clip"), "--gflop", 4000, "--eval-limit", 100]
+        return [(f"07_seed{seed}", "07_draft.py", [*long, "--seed", seed]) for seed in range(3)] + [
+            ("07_methods", "07_draft.py", [*long, "--methods", "draft-1", "alignprop", "draft-1+stitchvm"])]
+    equal = ["--updates", 1000, "--gflop", 4000, "--eval-every", 2]
     return [(f"08_seed{seed}", "08_nft.py", [*value("clip"), *equal, "--eval-limit", 100, "--seed", seed]) for seed in range(3)] + [
         ("08_windows", "08_nft.py", [*value("clip"), "--eval-limit", 100, "--methods", "nft+stitchvm", "--stop-window", "2-12", "12-17", "12-25", "20-25"])]
 
 
-def compare(stage, rewards):
+def compare(stage, rewards, only=None):
     def one(job):
         name, script, flags = job
         out = ROOT / "runs/study" / name
@@ -287,7 +288,7 @@ def compare(stage, rewards):
             shutil.copy(picture, ROOT / f"assets/{name}_{picture.stem[3:]}.png")
 
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(one, studies(stage, rewards)))
+        list(pool.map(one, [job for job in studies(stage, rewards) if not only or job[0] in only]))
 
 
 COLUMNS = {"05": ("method", "strength", "steps", "n", "s_per_sample", "time_of_flow", "gflop_per_sample", "gflop_of_flow", "peak_memory_mb"),
@@ -361,7 +362,8 @@ if __name__ == "__main__":
     p.add_argument("--backbone", nargs="+", default=["sd3.5-medium", "sd3.5-large", "flux"])
     p.add_argument("--reward", nargs="+", default=["clip", "hpsv2", "aesthetic", "dfn-clip"])
     p.add_argument("--jobs", type=int, default=JOBS)
+    p.add_argument("--only", nargs="+", metavar="NAME", help="of dps, fks, draft and nft: the jobs of these names, as in assets/results")
     args = p.parse_args()
     JOBS = args.jobs
     whole = {"selection": selection, "table": lambda: table(args.backbone, args.reward), "counts": counts, "readme": readme}
-    whole[args.what]() if args.what in whole else compare(args.what, args.reward)
+    whole[args.what]() if args.what in whole else compare(args.what, args.reward, args.only)
