@@ -13,8 +13,9 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, Table 1, App. D.2, Eqs. (4), (11),
         for cfg 1 and FLUX, whose denoiser never sees the null text.
         The rule for c: of the strengths at which no held-out metric (every scorer but the guiding reward) is below plain sampling's by more
         than --tolerance standard errors of the paired difference on the tuning prompts, the one with the largest mean reward; if there is
-        none, the smallest. It is then run on the report prompts. Two errors and not one, for five metrics are looked at: one error would turn
-        away three in five strengths that do no harm. 'tweedie, equal time' is tweedie with fewer steps, its strength swept at as many.
+        none, the smallest. It is then run on the report prompts. Two errors and not one, for five metrics are looked at, and one error would turn
+        away three in five strengths that do no harm; what a few prompts do not show passes. stitchvm+tweedie takes both methods' strengths, unswept.
+        'tweedie, equal time' is tweedie with as many steps as take stitchvm's time on the tuning prompts, its strength swept at so many.
 Reads   out/value.pt (03); for a joint reward a+b each one's own, runs/<preset>/<backbone>_<reward>/value.pt, or --value FILE FILE; prompts
 Writes  out/05_dps.json, out/05_strength.png (the sweep), out/05_grid.png (images), out/05_value.png (V along sampling, agreement of the gradients);
         with --save-images out/images/<method>/ in GenEval's layout
@@ -64,7 +65,7 @@ def parse_args(argv=None):
     p.add_argument("--guide-from", type=float, default=1.0, help="guide at sigma up to this")
     p.add_argument("--guide-to", type=float, default=0.0, help="and above this")
     p.add_argument("--handover", type=float, default=0.25, help="sigma from which down 'stitchvm+tweedie' is guided by tweedie")
-    p.add_argument("--equal-time", action=argparse.BooleanOptionalAction, default=False, help="one more row: tweedie with as many steps as stitchvm's time allows")
+    p.add_argument("--equal-time", action=argparse.BooleanOptionalAction, default=False, help="after a sweep, one more row: tweedie with as many steps as stitchvm's time allows")
     p.add_argument("--checkpointing", action="store_true", help="gradient checkpointing of denoiser and decoder for tweedie: less memory, more time")
     p.add_argument("--value", nargs="+", metavar="FILE", help="value models, one for each reward of the sum")
     p.add_argument("--batch", type=int)
@@ -222,7 +223,7 @@ def main(args):
     cost["decode"] = measure(lambda: backbone.decode(z), frozen)
 
     def new_run(method, c, steps=args.steps):
-        """A row to be: guides are (kind, c, from, to); steps None: as many as take stitchvm's time, which sample_split measures."""
+        """A row to be: guides are (kind, c, from, to)."""
         if method == "stitchvm+tweedie":
             guides = [("stitchvm", c, args.guide_from, args.handover), ("tweedie", chosen["tweedie"], min(args.guide_from, args.handover), args.guide_to)]
         else:
@@ -241,9 +242,6 @@ def main(args):
                 for step in (velocity, *[gradients[kind] for kind in strengths], lambda z, sigma: backbone.decode(z)):
                     step(torch.randn(len(own), *shape).to(device), torch.full((len(own),), 0.5, device=device))
             for run in runs:
-                if run["steps"] is None:
-                    spent = {r["method"]: r["seconds"] for r in runs}
-                    run["steps"] = max(2, round(args.steps * spent["stitchvm"] / spent["tweedie"]))
                 grid, noises = grid_of(run["steps"]), noise_streams(args.seed, split, own, shape)
                 keep = range(0, run["steps"], max(1, run["steps"] // 20)) if split == "report" and values else ()
                 if device.type == "cuda":
@@ -289,21 +287,21 @@ def main(args):
                 r.update(time_of_flow=r["s_per_sample"] / plain["s_per_sample"], gflop_of_flow=r["gflop_per_sample"] / plain["gflop_per_sample"])
         return rows
 
-    rows, chosen, fewer, equal_time = [], {kind: cs[0] for kind, cs in strengths.items()}, None, args.equal_time and {"tweedie", "stitchvm"} <= set(args.methods)
-    if equal_time:
-        chosen[EQUAL] = chosen["tweedie"]
+    rows, chosen, fewer = [], {kind: cs[0] for kind, cs in strengths.items()}, None
     if sweep:
-        if equal_time and set(sweep) == {"tweedie", "stitchvm"}:
-            sweep[EQUAL] = sweep["tweedie"]
-        runs = [new_run("flow", 0.0), *[new_run(kind, c, None if kind == EQUAL else args.steps) for kind, cs in sweep.items() for c in cs]]
+        runs = [new_run("flow", 0.0), *[new_run(kind, c) for kind, cs in strengths.items() for c in cs]]
         _, scores, _ = sample_split("tune", runs)
+        if args.equal_time and len(strengths) == 2:  # a second call, now that it is known how long the others take
+            spent = {kind: sum(run["seconds"] for run in runs if run["method"] == kind) / len(cs) for kind, cs in strengths.items()}
+            fewer = max(2, round(args.steps * spent["stitchvm"] / spent["tweedie"]))
+            again = [new_run(EQUAL, c, fewer) for c in strengths["tweedie"]]
+            runs, scores = runs + again, scores + sample_split("tune", again)[1]
         rows += rows_of("tune", runs, scores)
-        for kind in sweep:
+        for kind in dict.fromkeys(run["method"] for run in runs[1:]):
             swept = {run["strength"]: s for run, s in zip(runs, scores) if run["method"] == kind}
             chosen[kind] = choose_strength(swept, scores[0], {Path(name).name for name in names}, args.tolerance)
-        fewer = next((run["steps"] for run in runs if run["method"] == EQUAL), None)
     runs = [new_run(m, 0.0 if m == "flow" else chosen["stitchvm" if "stitchvm" in m else "tweedie"]) for m in METHODS if m in args.methods]
-    if equal_time:
+    if fewer:
         runs.append(new_run(EQUAL, chosen[EQUAL], fewer))
     images, scores, agreement = sample_split("report", runs)
     rows += rows_of("report", runs, scores)

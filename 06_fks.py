@@ -17,7 +17,7 @@ Departs from the paper: lam is in units of the reward's spread among samples of 
         argmax over M does not: --proposal corrected draws m in proportion to exp(lam V_m) and multiplies the weight by their mean, an
         auxiliary-particle step; a weight is divided by what it was paid before, so all of it telescopes. With CFG the winner's prefix state goes
         on as the unconditional half of the next denoiser call, which has the same null text; FLUX has no such half and shares nothing [D10].
-        The miniature resamples systematically, and only where the effective sample size is below N / 2; lam = 1 is the best there of .5 to 4 on the tuning prompts.
+        The miniature resamples systematically, and only where the effective sample size is below N / 2; lam = 1 is the best for fks there of .5, 1, 2 and 4, on the tuning prompts.
 """
 import json
 import math
@@ -263,7 +263,7 @@ def plan(args):
     runs = []
     for method in [m for m in METHODS if m in args.methods]:
         ways = product(args.m, args.proposal, args.potential_value) if method == "fks+stitchvm" else [(1, "argmax", "tweedie")]
-        sizes = [1] if method == "flow" else args.n_stitchvm or args.n if method == "fks+stitchvm" else args.n
+        sizes = dict.fromkeys([1] if method == "flow" else args.n_stitchvm or args.n if method == "fks+stitchvm" else args.n)
         lams = args.raw_lam or args.lam if method.startswith("fks") else [0.0]
         runs += [dict(method=method, N=n, M=m, proposal=proposal, by=by, lam=lam) for (m, proposal, by), lam, n in product(ways, lams, sizes)]
     return runs
@@ -453,6 +453,8 @@ def main(args):
                     if other is run or other["method"] == run["method"] == "bon":
                         n = other["N"]
                         first = {name: x[:, :n] if torch.is_tensor(x) and x.ndim == 2 else x for name, x in books.items()}
+                        if run["method"] == "bon":
+                            first["killed"] = (~r[:, :n].isfinite()).sum(1)
                         record(other, kept, part, images[:, :n], r[:, :n], first, u[:, :n], seconds * n / run["N"])
                 bar.update(run["N"] * len(part))
     bar.close()
@@ -467,7 +469,7 @@ def main(args):
             s_per_prompt=kept["seconds"] / len(prompts), denoiser_calls=counts["denoiser"], value_calls=counts["value"], score_calls=counts["score"],
             gflop_per_prompt=flop_per_prompt(counts, costs)) | ({"lambda": spread and run["lam"], "lambda_raw": run["lam"] / unit} if run["method"].startswith("fks") else {}))
         per_prompt.append([round(v, 6) if v == v else None for v in scores["reward"].tolist()])
-    if dead := sum(int(b["killed"].sum()) for kept in found for b in kept["books"]):
+    if dead := sum(int(b["killed"].sum()) for run, kept in zip(runs, found) if run in sampled for b in kept["books"]):
         print(f"warning: {dead} particles became NaN or infinite and were given weight zero")
     print_table(rows, ("method", "n_particles", "m_proposals", "lambda", "proposal", "potential_value", "report", "reward", "reward_se", *[k for k in scorers], "n", "s_per_prompt",
                        "denoiser_calls", "gflop_per_prompt", "ess", "ancestors"))

@@ -16,8 +16,8 @@ Run     python 07_draft.py                                                      
         python 07_draft.py --methods draft-1 draft-3 alignprop draft-1+stitchvm draft-3+stitchvm --gflop 20000
         torchrun --nproc-per-node 16 07_draft.py --preset paper --reward dfn-clip+hpsv2 --train-prompts FILE --eval-prompts FILE --value FILE FILE
 Departs from the paper: its [3, 7] are nodes of the grid, the latent after so many steps [D1]; one stop is drawn for each micro-batch. diffusers'
-        grid shifts its smallest noise level twice, so the last step starts at sigma = .009 and is all that draft-1 trains; --grid even ends at
-        .25. The average's decay is not given: .99, less in the first updates. The miniature takes fewer samples, another learning rate, a stronger
+        grid shifts its smallest noise level twice, so the last step starts at sigma = .009 and is all that draft-1 trains (.001 without shift); --grid
+        even ends at .25 (.1). The average's decay is not given: .99, less in the first updates. The miniature takes fewer samples, another learning rate, a stronger
         regulariser, and no shift of the noise levels: 3 is for 1024 px, and at 64 would put the stops where V hardly tells two samples of a prompt apart.
 """
 import argparse
@@ -49,8 +49,8 @@ def parse_args(argv=None):
     p.add_argument("--methods", nargs="+", metavar="METHOD", help=f"{', '.join(METHODS)}, or another K")
     p.add_argument("--value", nargs="+", metavar="FILE", help="value models, one for each reward of the sum")
     p.add_argument("--steps", type=int, default=10, help="of a rollout (App. D.3: 10)")
-    p.add_argument("--grid", choices=("scheduler", "even"), default="scheduler", help="scheduler: its own, whose last step starts at sigma .009; even: sigmas from 1 to 1/steps, shifted")
-    p.add_argument("--shift", type=float, help="of the noise levels, of rollouts and evaluation (default: the scheduler's own, 3 for SD 3.5)")
+    p.add_argument("--grid", choices=("scheduler", "even"), default="scheduler", help="scheduler: its own, whose last step starts at sigma .009 (.001 at shift 1); even: sigmas from 1 to 1/steps, shifted")
+    p.add_argument("--shift", type=float, help="of the noise levels, of rollouts and evaluation (default: the scheduler's own, 3 for SD 3.5; the miniature: 1)")
     p.add_argument("--stop", type=int, nargs=2, default=[3, 7], metavar=("FIRST", "LAST"), help="nodes of the grid at which '+stitchvm' stops, uniform (App. D.3: 3 7)")
     p.add_argument("--regularise", type=float, default=0.01, metavar="LAM", help="weight of the distance to the base velocity")
     p.add_argument("--rank", type=int, default=32)

@@ -19,12 +19,13 @@ Run     python 08_nft.py                                                # the mi
         python 08_nft.py --gflop 40000                                  # both methods until they have spent as many GFLOP
         accelerate launch 08_nft.py --preset paper --train-prompts train.txt --eval-prompts drawbench.txt
 Departs from the paper: the official code where it differs from (65)-(71), --loss paper is the equations, with the official eta unless --eta gives one [D9]; t is a node of the solver's grid, because
-        the bridge's target is infinite at tau [D8]; a step index counts finished steps, so 12..17 of 25 are sigma .75 .. .56. The miniature trains on fewer
+        the bridge's target is infinite at tau [D8]; a step index counts finished steps, so 12..17 of 25 are sigma .75 .. .56 at shift 3. The miniature trains on fewer
         noise levels of each image, at a higher rate (at 2e-3 NFT lost reward within nine updates), and without the shift of the noise levels: 3 is for 1024 px, and at 64
-        would stop the rollouts where V hardly tells two images of a prompt apart (within a prompt it correlates .12 to .46 with the reward there, .53 to .77 without shift).
+        would stop the rollouts where V hardly tells two images of a prompt apart (within a prompt it correlates .12 to .46 with the reward there; without shift, at .50 .. .29, .53 to .77).
 """
 import math
 from functools import partial
+from itertools import count as count_from
 from pathlib import Path
 
 import torch
@@ -38,8 +39,8 @@ from common import (Backbone, Reward, add_lora, average_over_processes, begin, c
 METHODS = ("nft", "nft+stitchvm")
 POLICIES = ("default", "old")  # what is trained, what samples
 ABOUT = ("method", "run", "window", "update", "seconds", "gflop", "gain", "gain_se", "n")  # the keys of a row that are no scores
-PRESETS = {"mini": dict(train_prompts="tests/mini/data/train_captions.json", eval_prompts="tests/mini/data/drawbench.txt", resolution=64, prompts=8, images=8, updates=1000,
-                        gflop=4000, train_times=4, lr=1e-3, shift=1.0, batch=64, eval_limit=48, eval_every=4, eval_steps=25),
+PRESETS = {"mini": dict(train_prompts="tests/mini/data/train_captions.json", eval_prompts="tests/mini/data/drawbench.txt", resolution=64, prompts=8, images=8, gflop=4000,
+                        train_times=4, lr=1e-3, shift=1.0, batch=64, eval_limit=48, eval_every=4, eval_steps=25),
            "24gb": dict(resolution=512, prompts=8, images=12, updates=200, train_times=24, lr=3e-4, batch=4, checkpointing=True, eval_limit=100, eval_every=20, eval_steps=40),
            "paper": dict(reward="dfn-clip+hpsv2", resolution=512, prompts=48, images=24, updates=300, train_times=24, lr=3e-4, batch=8, eval_limit=200, eval_every=30, eval_steps=40)}
 
@@ -56,10 +57,10 @@ def parse_args(argv=None):
     p.add_argument("--eval-steps", type=int, help="Euler steps of the evaluation (official: 40)")
     p.add_argument("--prompts", type=int, help="of an update, over all processes (official: 48)")
     p.add_argument("--images", type=int, help="of a prompt, its group (official: 24)")
-    p.add_argument("--updates", type=int, help="optimiser steps; the paper gives none, its hours allow about 300")
-    p.add_argument("--gflop", type=float, help="a method ends after so much counted work, of all processes together, if not after --updates")
+    p.add_argument("--updates", type=int, help="optimiser steps, at most; the paper gives none, its hours allow about 300")
+    p.add_argument("--gflop", type=float, help="the same by counted work, of all processes together; what is reached first ends a method")
     p.add_argument("--steps", type=int, default=25, help="of the solver (D.3: 25)")
-    p.add_argument("--shift", type=float, help="of the noise levels, of rollouts and evaluation (default: the scheduler's own, 3 for SD 3.5)")
+    p.add_argument("--shift", type=float, help="of the noise levels, of rollouts and evaluation (default: the scheduler's own, 3 for SD 3.5; the miniature: 1)")
     p.add_argument("--stop-window", nargs="+", default=["12-17"], metavar="A-B", help="nft+stitchvm stops after A to B steps; several give several runs")
     p.add_argument("--train-times", type=int, help="noise levels at which an image is trained on, drawn from the grid's nodes above tau (official: 0.99 --steps)")
     p.add_argument("--loss", choices=("official", "paper"), default="official", help="[D9]")
@@ -176,8 +177,13 @@ def complete(args):
     if args.images < 2:
         fail(f"--images {args.images}: a group needs two at least, its rewards are compared with their mean")
     for name in ("prompts", "updates", "steps", "train_times", "batch", "eval_every", "eval_steps", "save_every", "rank"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1 is needed")
+    for name in ("gflop", "shift"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            fail(f"--{name} is {getattr(args, name):g}; it must be above 0")
+    if args.updates is None and args.gflop is None:
+        fail("--updates or --gflop must say when a method ends")
     windows = []
     for window in args.stop_window if "nft+stitchvm" in args.methods else ():
         low, dash, high = window.partition("-")
@@ -286,7 +292,7 @@ def main(args):
         if run["name"] not in {r["run"] for r in rows}:
             report(0)
         bar = tqdm(total=args.updates, initial=start, desc=run["name"], disable=rank > 0)
-        for update in range(start, args.updates):
+        for update in count_from(start):
             began = now(device)
             # every process makes the draws of all prompts and works on its own: the same data however many they are
             prompts = torch.randperm(len(pool), generator=generator(args.seed, "prompts", update))[:args.prompts]
@@ -396,7 +402,7 @@ def dry_run(args):
         for checkpointing in (False, True)[:1 + bool(times)]:
             tflop, saved = trained[checkpointing] if times else (0.0, 0.0)
             cases.append(dict(method=name + ", checkpointing" * checkpointing, unit="sample", tflop=steps * step + last[i] + times * tflop, saved_gib=args.batch * saved,
-                              peak_gib=resident + (gib(values[i][0].transformer, *values[i]) if i else 0.0) + args.batch * saved, n=args.updates * args.prompts * args.images))
+                              peak_gib=resident + (gib(values[i][0].transformer, *values[i]) if i else 0.0) + args.batch * saved, n=(args.updates or 0) * args.prompts * args.images))
     report_dry_run(args, "08_nft", cases, [backbone.vae, *[r.model for r in rewards]], [transformer])
 
 

@@ -334,10 +334,8 @@ class Backbone:
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.source, subfolder="scheduler")
 
     def set_shift(self, shift):
-        """Another shift of the noise levels, t -> shift t / (1 + (shift - 1) t). SD 3's 3 is made for 1024 px: noise hides more of a smaller image."""
-        if self.scheduler.config.get("use_dynamic_shifting"):
-            fail(f"{self.name} shifts its noise levels by the resolution: leave --shift out")
-        self.scheduler = type(self.scheduler).from_config(self.scheduler.config, shift=shift)
+        """Another shift of the noise levels, t -> shift t / (1 + (shift - 1) t), FLUX's dynamic one replaced. SD 3's 3 is made for 1024 px: noise hides more of a smaller image."""
+        self.scheduler = type(self.scheduler).from_config(self.scheduler.config, shift=shift, use_dynamic_shifting=False)
 
     def latent_space(self):
         """What two backbones must have in common to read each other's latents: the VAE."""
@@ -888,10 +886,19 @@ def evaluate(backbone, rewards, preset, prompts, condition, noise, grid, batch):
     return images, {name: gathered(v, slice(own.start, own.stop), len(prompts)).cpu() for name, v in mine.items()}
 
 
-def work_saved(rows, by="method"):
-    """For each run with a value model and its baseline: the work, linear between evaluation points, at which it first has the baseline's last reward, and its share of the baseline's.
+def first_reached(rows, goal):
+    """The work, linear between evaluation points, at which a run's reward first is goal; None: never."""
+    if rows[0]["reward"] >= goal:
+        return rows[0]["gflop"]
+    for a, b in zip(rows, rows[1:]):
+        if b["reward"] >= goal > a["reward"]:
+            return a["gflop"] + (goal - a["reward"]) / (b["reward"] - a["reward"]) * (b["gflop"] - a["gflop"])
 
-    rows of evaluation points, a run for each value of the key `by`. None: not reached; 0: the baseline did not improve on the base model.
+
+def work_saved(rows, by="method"):
+    """For each run with a value model: the work at which it first has the last reward of its baseline, and its share of the work at which the baseline first had it, curves being noisy.
+
+    rows of evaluation points, a run for each value of the key `by`. share None: not reached, or the baseline ends no higher than the base model (gflop 0).
     """
     found, runs = [], {}
     for r in rows:
@@ -900,20 +907,20 @@ def work_saved(rows, by="method"):
         baseline = mine[0]["method"].removesuffix("+stitchvm")
         if baseline == mine[0]["method"] or baseline not in runs:
             continue
-        last = runs[baseline][-1]
-        goal, work = last["reward"], 0.0 if mine[0]["reward"] >= last["reward"] else None
-        for a, b in zip(mine, mine[1:]) if work is None else ():
-            if b["reward"] >= goal > a["reward"]:
-                work = a["gflop"] + (goal - a["reward"]) / (b["reward"] - a["reward"]) * (b["gflop"] - a["gflop"])
-                break
-        found.append({by: name, "baseline": baseline, "reward": goal, "gflop": work, "share": None if work is None else work / last["gflop"]})
+        goal = runs[baseline][-1]["reward"]
+        own, theirs = first_reached(mine, goal), first_reached(runs[baseline], goal)
+        found.append({by: name, "baseline": baseline, "reward": goal, "gflop": own, "share": own / theirs if own and theirs else None})
     return found
+
+
+def how_reached(saved):
+    """An entry of work_saved in words."""
+    return f"after {saved['share']:.0%} of its work" if saved["share"] else "not reached" if saved["gflop"] is None else "no higher than the base model's"
 
 
 def print_work_saved(saved, by="method"):
     for r in saved:
-        reached = "is not reached" if r["gflop"] is None else f"is reached after {r['gflop']:.0f} GFLOP, {r['share']:.0%} of its work" if r["gflop"] else "is no higher than the base model's"
-        print(f"{r[by]}: the last reward of {r['baseline']}, {r['reward']:.4f}, {reached}")
+        print(f"{r[by]}: the last reward of {r['baseline']}, {r['reward']:.4f}: {how_reached(r)}" + (f", {r['gflop']:.0f} GFLOP" if r["gflop"] else ""))
 
 
 def draw_training(rows, by, path, title):
@@ -1114,7 +1121,7 @@ def provenance(seed):
         return ""
 
     return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), seed=seed, time=time.strftime("%Y-%m-%d %H:%M:%S"),
-                commit=git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""), python=sys.version.split()[0],
+                commit=git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", "--", "*.py") else ""), python=sys.version.split()[0],
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 **{k: of(k) for k in ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy")})
 

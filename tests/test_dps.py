@@ -284,6 +284,8 @@ def test_tweedie_gradient(sd3, rewards, cfg):
             change = (chain(z + 1e-2 * direction) - chain(z - 1e-2 * direction)).double() / 2e-2
             assert (grad * direction).sum((1, 2, 3)).tolist() == pytest.approx(change.tolist(), rel=5e-2, abs=2e-3)
     assert_close(steps[True](z, sigma)[2], grad, atol=1e-6, rtol=1e-4)
+    unprompted = functions(sd3, rewards, [], condition, texts, cfg)[1]["unprompted"](z, sigma)
+    assert_close(unprompted[2], functions(sd3, rewards, [], NULL, texts, 1.0)[1]["tweedie"](z, sigma)[2])
 
 
 def test_checkpointing_keeps_less(sd3):
@@ -305,7 +307,7 @@ def test_strength_zero_is_the_plain_sampler(sd3, rewards):
     velocity, gradients = functions(sd3, rewards, [small_value(sd3, rewards[0], 2)], condition, texts[:1])
     noises = [torch.randn_like(z) for _ in GRID]
     plain, _ = dps.sample(z, iter(noises), GRID, torch.no_grad()(velocity))
-    for kind in gradients:
+    for kind in ("tweedie", "stitchvm"):
         assert torch.equal(dps.sample(z, iter(noises), GRID, torch.no_grad()(velocity), [(gradients[kind], 0.0, 1.0, 0.0)])[0], plain)
 
 
@@ -407,6 +409,18 @@ def test_a_whole_short_run(run, values, tmp_path):
         assert Image.open(tmp_path / "out/images" / method / "00002/samples/0000.png").size == (64, 64)
     prompts = (ROOT / "tests/mini/data/drawbench.txt").read_text().splitlines()
     assert json.loads((tmp_path / "out/images/flow/00001/metadata.jsonl").read_text())["prompt"] == prompts[1]
+
+
+def test_equal_time_needs_a_sweep_of_one_method_only(run, values):
+    """Its steps are of the times on the tuning prompts, its strength is chosen at so many, also where stitchvm has one strength; without a sweep there is no such row."""
+    flags = ("--value", values["clip"], "--steps", 4, "--limit", 2, "--tune-limit", 2, "--strengths-stitchvm", 1, "--methods", "tweedie", "stitchvm")
+    table, _ = run(*flags, "--strengths-tweedie", 1, 5)
+    rows = [r for r in table["rows"] if r["method"] == dps.EQUAL]
+    assert [r["split"] for r in rows] == ["tune", "tune", "report"] and rows[2]["strength"] == table["chosen"][dps.EQUAL] in (1, 5)
+    spent = {m: sum(r["s_per_sample"] for r in table["rows"] if r["split"] == "tune" and r["method"] == m) / n for m, n in (("tweedie", 2), ("stitchvm", 1))}
+    assert rows[2]["steps"] == max(2, round(4 * spent["stitchvm"] / spent["tweedie"]))
+    table, _ = run(*flags, "--strengths-tweedie", 5)
+    assert [r["method"] for r in table["rows"]] == ["tweedie", "stitchvm"]
 
 
 def test_a_joint_reward_is_the_sum_and_the_batch_does_not_matter(run, values, tmp_path):

@@ -561,6 +561,21 @@ def test_the_best_of_fewer_is_read_off_the_most(out):
     assert few["s_per_prompt"] == pytest.approx(many["s_per_prompt"] / 3) and few["ancestors"] == 1 and many["ancestors"] == 3
 
 
+def test_a_dead_particle_counts_where_it_is(out, monkeypatch):
+    """Of three samples the last has no reward: one death among three, none among the first two."""
+    decode = fks.Models.decode
+    monkeypatch.setattr(fks.Models, "decode", lambda self, z: (lambda x, r: (x, torch.where(torch.arange(len(r)) % 3 == 2, torch.nan, r)))(*decode(self, z)))
+    two, three = run(out, "--limit", "2", "--methods", "bon", "--n", "2", "3", "--raw-lam", "1")["rows"]
+    assert (two["killed"], three["killed"]) == (0, 2) and two["n"] == three["n"] == 2
+
+
+def test_several_strengths_are_rows(out):
+    """One row for each, a curve of its own; best of N has no strength."""
+    bon, weak, strong = run(out, "--limit", "2", "--methods", "bon", "fks", "--n", "2", "--lam", "0.5", "4")["rows"]
+    assert "lambda" not in bon and (weak["lambda"], strong["lambda"]) == (0.5, 4) and len({r["curve"] for r in (bon, weak, strong)}) == 3
+    assert strong["lambda_raw"] == pytest.approx(8 * weak["lambda_raw"])
+
+
 def test_the_spread_is_measured_once(out, monkeypatch):
     """Kept for the same samples, measured anew for others; --raw-lam needs none."""
     argv = ["--limit", "2", "--methods", "fks", "--n", "2"]

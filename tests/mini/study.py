@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from common import how_reached
 JOBS = 2
 TUNE = ["--coco", "tests/mini/data/tune/coco", "--flickr30k", ""]
 SHORT = ["--steps", 1000, "--batch", 32, "--lr", "1e-3", "--sigma-law", "logit-normal"]  # of every variant, but for what it changes
@@ -143,7 +146,7 @@ def guided(results):
     for reward in MAIN:
         if (file := results / f"05_{reward}.json").exists():
             for r in read_rows(file):
-                c = f"{r['strength']:g}" if r["strength"] else ""
+                c = ", ".join(f"{r[k]:g}" for k in ("strength", "strength_tweedie") if r.get(k))
                 lines.append(f"| {reward} | {r['method']} | {c} | {r['steps']} | " + " | ".join(measured(r, k) for k in ("reward", "judge", "geneval")) +
                              f" | {r['time_of_flow']:.1f} | {r['gflop_of_flow']:.1f} | {r['peak_memory_mb']:.1f} |")
     return lines
@@ -167,38 +170,30 @@ def larger(results):
     files = {value: results / f"06_large-by-{value}.json" for value in ("large", "medium")}
     if not all(f.exists() for f in files.values()):
         return []
-    lines = ["| sd3.5-large, steered by | method | N | M | n | reward | judge | geneval |", "|---" * 8 + "|"]
+    lines = ["| sd3.5-large, steered by | method | N | n | reward | judge | geneval |", "|---" * 7 + "|"]
     for value, file in files.items():
         for r in read_rows(file):
-            if value == "large" or r["method"] == "fks+stitchvm":  # the others use no value model
-                lines.append(f"| {f'the value of sd3.5-{value}' if r['method'] == 'fks+stitchvm' else ''} | {r['curve']} | {r['n_particles']} | {r['m_proposals']} | {r['n']} | " +
-                             " | ".join(measured(r, k) for k in ("reward", "judge", "geneval")) + " |")
+            lines.append(f"| {f'the value of sd3.5-{value}' if r['method'] == 'fks+stitchvm' else ''} | {r['curve']} | {r['n_particles']} | {r['n']} | " +
+                         " | ".join(measured(r, k) for k in ("reward", "judge", "geneval")) + " |")
     return lines
 
 
 def finetuned(results):
-    """Markdown: 07 and 08 at default flags, the generator as it is and what each method makes of it at its last evaluation point."""
-    lines = ["| | method | n | reward | judge | geneval | seconds | GFLOP |", "|---" * 8 + "|"]
-    for file in (results / "07_clip.json", results / "08_clip.json"):
-        rows = read_rows(file)
-        for r in [rows[0] | dict(method="base"), *{r["method"]: r for r in rows}.values()]:
-            lines.append(f"| {file.stem[:2]} | {r['method']} | {r['n']} | " + " | ".join(measured(r, k) for k in ("reward", "judge", "geneval")) + f" | {r['seconds']:.0f} | {r['gflop']:,.0f} |")
+    """Markdown: 07 and 08 at equal work, mean and standard error over the seeds; the work after which a method has its baseline's last reward, in each seed."""
+    lines = ["| | method | reward | gain | judge | geneval | GFLOP | the baseline's last reward after |", "|---" * 8 + "|"]
+    mean = lambda x: f"{statistics.mean(x):.3f} ± {statistics.stdev(x) / len(x) ** 0.5:.3f}"
+    for stage in ("07", "08"):
+        tables = [json.loads(f.read_text()) for f in sorted(results.glob(f"{stage}_seed?.json"))]
+        if len(tables) < 2:
+            continue
+        base = [t["rows"][0] for t in tables]
+        for method in ["base", *dict.fromkeys(r["method"] for r in tables[0]["rows"])]:
+            last = base if method == "base" else [[r for r in t["rows"] if r["method"] == method][-1] for t in tables]
+            shares = [how_reached(w) for t in tables for w in t["work_saved"] if w.get("run", w.get("method")) == method]
+            gain = "" if method == "base" else mean([a["reward"] - b["reward"] for a, b in zip(last, base)])
+            lines.append(f"| {stage} | {method} | {mean([r['reward'] for r in last])} | {gain} | " + " | ".join(mean([r[k] for r in last]) for k in ("judge", "geneval")) +
+                         f" | {statistics.mean(r['gflop'] for r in last):,.0f} | {', '.join(shares)} |")
     return lines
-
-
-def over_seeds(results, stem):
-    """Markdown: the last evaluation point of each method of 07 or 08, mean and standard error over the seeds, and the work after which it has its baseline's last reward."""
-    tables = [json.loads(f.read_text()) for f in sorted(results.glob(f"{stem}_seed?.json"))]
-    if len(tables) < 2:
-        return []
-    lines = [f"## {stem}: {len(tables)} seeds", "", "| method | reward | gain | judge | geneval | GFLOP | the baseline's last reward, after this share of its work |", "|---" * 7 + "|"]
-    for method in dict.fromkeys(r["method"] for r in tables[0]["rows"]):
-        last, first = ([[r for r in t["rows"] if r["method"] == method][k] for t in tables] for k in (-1, 0))
-        mean = lambda x: f"{sum(x) / len(x):.3f} ± {(sum((v - sum(x) / len(x)) ** 2 for v in x) / (len(x) - 1) / len(x)) ** 0.5:.3f}"
-        shares = [next((f"{w['share']:.0%}" if w["share"] is not None else "never" for w in t["work_saved"] if w["method"] == method), "") for t in tables]
-        lines.append(f"| {method} | " + " | ".join([mean([r["reward"] for r in last]), mean([a["reward"] - b["reward"] for a, b in zip(last, first)]), *(mean([r[k] for r in last]) for k in ("judge", "geneval"))]) +
-                     f" | {sum(r['gflop'] for r in last) / len(last):,.0f} | {', '.join(shares)} |")
-    return [*lines, ""]
 
 
 def readme():
@@ -242,7 +237,6 @@ def readme():
         page += [f"| {r['variant']} | " + " | ".join([f"{100 * r[f'value {x}']:.1f}" for x in SIGMAS] + [f"{r[f'value_mse {x}']:.4f}" for x in SIGMAS]) + " |"
                  for r in json.loads((results / "selection.json").read_text())] + [""]
     page += [line for file in sorted(results.glob("0[5-8]_*.json")) for line in comparison(file)]
-    page += over_seeds(results, "07") + over_seeds(results, "08")
     between(ROOT / "README.md", "results", "\n".join(front).rstrip())
     for marker, lines in (("guided", guided), ("steered", steered), ("larger", larger), ("finetuned", finetuned)):
         between(ROOT / "README.md", marker, "\n".join(lines(results)))
@@ -264,11 +258,12 @@ def studies(stage, rewards):
             for name, flags in (("above", ["--guide-to", 0.5]), ("below", ["--guide-from", 0.5]))]
     if stage == "fks":
         both, steer = ["--methods", "bon", "fks", "fks+stitchvm"], ["--limit", 100, "--potential-value", "stitchvm"]
-        large = ["--backbone", "sd3.5-large", *both, *steer, "--limit", 64, "--m", 4]
-        return [("06_lam", "06_fks.py", [*value("clip"), *both, "--prompts", "tests/mini/data/tune/drawbench.txt", "--limit", 64, "--potential-value", "stitchvm", "--m", 4, "--lam", 0.5, 1, 4]),
+        large = ["--backbone", "sd3.5-large", *steer, "--limit", 64, "--m", 4]
+        return [("06_lam", "06_fks.py", [*value("clip"), *both, "--prompts", "tests/mini/data/tune/drawbench.txt", "--limit", 64, "--potential-value", "stitchvm", "--m", 4, "--lam", 0.5, 1, 2, 4]),
                 ("06_scaling", "06_fks.py", [*value("clip"), *steer, *both, "--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6]),
                 ("06_proposals", "06_fks.py", [*value("clip"), *steer, "--limit", 64, "--methods", "bon", "fks+stitchvm", "--m", 4, "--lam", 1, 4, "--proposal", "argmax", "corrected", "--report", "best", "mean"]),
-                *((f"06_large-by-{v}", "06_fks.py", [*large, "--value", f"runs/mini/sd3.5-{v}_clip/value.pt"]) for v in ("large", "medium"))]
+                ("06_large-by-large", "06_fks.py", [*large, *both, "--value", "runs/mini/sd3.5-large_clip/value.pt"]),
+                ("06_large-by-medium", "06_fks.py", [*large, "--methods", "fks+stitchvm", "--value", "runs/mini/sd3.5-medium_clip/value.pt"])]
     if stage == "draft":
         long = [*value("clip"), "--gflop", 4000, "--eval-limit", 100]
         return [(f"07_seed{seed}", "07_draft.py", [*long, "--seed", seed]) for seed in range(3)] + [
@@ -279,6 +274,10 @@ def studies(stage, rewards):
 
 
 def compare(stage, rewards, only=None):
+    jobs = studies(stage, rewards)
+    if wrong := set(only or ()) - {name for name, *_ in jobs}:
+        sys.exit(f"error: {stage} has no job {', '.join(sorted(wrong))}: there are {', '.join(name for name, *_ in jobs)}")
+
     def one(job):
         name, script, flags = job
         out = ROOT / "runs/study" / name
@@ -288,11 +287,11 @@ def compare(stage, rewards, only=None):
             shutil.copy(picture, ROOT / f"assets/{name}_{picture.stem[3:]}.png")
 
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(one, [job for job in studies(stage, rewards) if not only or job[0] in only]))
+        list(pool.map(one, [job for job in jobs if not only or job[0] in only]))
 
 
 COLUMNS = {"05": ("method", "strength", "steps", "n", "s_per_sample", "time_of_flow", "gflop_per_sample", "gflop_of_flow", "peak_memory_mb"),
-           "06": ("method", "n_particles", "m_proposals", "lambda", "proposal", "report", "n", "s_per_prompt", "gflop_per_prompt"),
+           "06": ("method", "n_particles", "m_proposals", "lambda", "proposal", "potential_value", "report", "n", "s_per_prompt", "gflop_per_prompt"),
            "07": ("method", "update", "n", "seconds", "gflop"), "08": ("run", "update", "n", "seconds", "gflop")}
 
 
@@ -302,7 +301,7 @@ def comparison(file):
     metrics = ["reward", *(k for k in rows[0] if f"{k}_se" in rows[0] and k not in ("reward", "gain"))]
     cell = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
     pictures = [f"[{p.stem.removeprefix(file.stem + '_')}](../{p.name})" for p in sorted((ROOT / "assets").glob(f"{file.stem}_*.png"))]
-    lines = [f"## {file.stem}", "", f"`{json.loads(file.read_text())['provenance']['command']}`; figures: {', '.join(pictures)}", "", "| " + " | ".join([*keys, *metrics]) + " |", "|---" * (len(keys) + len(metrics)) + "|"]
+    lines = [f"## {file.stem}" + ", on tuning prompts" * (file.stem == "06_lam"), "", f"`{json.loads(file.read_text())['provenance']['command']}`; figures: {', '.join(pictures)}", "", "| " + " | ".join([*keys, *metrics]) + " |", "|---" * (len(keys) + len(metrics)) + "|"]
     lines += ["| " + " | ".join([*(cell(r.get(k)) for k in keys), *(f"{r[m]:.3f} ± {r[m + '_se']:.3f}" if m in r else "" for m in metrics)]) + " |" for r in rows]
     return [*lines, ""]
 
