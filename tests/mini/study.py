@@ -179,19 +179,18 @@ def larger(results):
 
 
 def finetuned(results):
-    """Markdown: 07 and 08 at equal work, mean and standard error over the seeds; the work after which a method has its baseline's last reward, in each seed."""
-    lines = ["| | method | reward | gain | judge | geneval | GFLOP | the baseline's last reward after |", "|---" * 8 + "|"]
-    mean = lambda x: f"{statistics.mean(x):.3f} ± {statistics.stdev(x) / len(x) ** 0.5:.3f}"
+    """Markdown: 07 and 08 at equal work, mean and standard error over the seeds, of a single one over its prompts; the work after which a method has its baseline's last reward, in each seed."""
+    lines = ["| | method | seeds | reward | gain | judge | geneval | GFLOP | the baseline's last reward after |", "|---" * 9 + "|"]
+    mean = lambda x, alone="": f"{statistics.mean(x):.3f} ± {statistics.stdev(x) / len(x) ** 0.5:.3f}" if len(x) > 1 else alone or f"{x[0]:.3f}"
     for stage in ("07", "08"):
         tables = [json.loads(f.read_text()) for f in sorted(results.glob(f"{stage}_seed?.json"))]
-        if len(tables) < 2:
-            continue
         base = [t["rows"][0] for t in tables]
-        for method in ["base", *dict.fromkeys(r["method"] for r in tables[0]["rows"])]:
+        for method in ["base", *dict.fromkeys(r["method"] for r in tables[0]["rows"])] if tables else ():
             last = base if method == "base" else [[r for r in t["rows"] if r["method"] == method][-1] for t in tables]
             shares = [how_reached(w) for t in tables for w in t["work_saved"] if w.get("run", w.get("method")) == method]
             gain = "" if method == "base" else mean([a["reward"] - b["reward"] for a, b in zip(last, base)])
-            lines.append(f"| {stage} | {method} | {mean([r['reward'] for r in last])} | {gain} | " + " | ".join(mean([r[k] for r in last]) for k in ("judge", "geneval")) +
+            reward, *others = (mean([r[k] for r in last], measured(last[0], k)) for k in ("reward", "judge", "geneval"))
+            lines.append(f"| {stage} | {method} | {len(tables)} | {reward} | {gain} | {' | '.join(others)}" +
                          f" | {statistics.mean(r['gflop'] for r in last):,.0f} | {', '.join(shares)} |")
     return lines
 
