@@ -279,10 +279,11 @@ def compare(stage, rewards, only=None):
 
     def one(job):
         name, script, flags = job
+        run(script, "--out", f"runs/study/{name}", *flags)
         out = ROOT / "runs/study" / name
-        run(script, "--out", out, *flags)
         shutil.copy(out / f"{Path(script).stem}.json", ROOT / f"assets/results/{name}.json")
-        for picture in out.glob(f"{script[:2]}_*.png"):
+        main = name in ("06_scaling", "07_seed0", "08_seed0", *(f"05_{r}" for r in MAIN))  # of the others the images are not kept
+        for picture in (p for p in out.glob(f"{script[:2]}_*.png") if main or not p.stem.endswith("grid")):
             shutil.copy(picture, ROOT / f"assets/{name}_{picture.stem[3:]}.png")
 
     with ThreadPoolExecutor(JOBS) as pool:
