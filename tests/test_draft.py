@@ -438,8 +438,9 @@ def arguments(*flags):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Run the stage in the repository's root: the table that it writes, and what it prints. Unless `all` scorers are asked for, the reward alone judges the held-out images."""
-    monkeypatch.chdir(ROOT)
+    """Run the stage in a folder of its own: the table that it writes, and what it prints. Unless `all` scorers are asked for, the reward alone judges the held-out images."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")  # the prompts are there, but not the value models that somebody may have in runs/
+    monkeypatch.chdir(tmp_path)
     load = common.load_scorers
 
     def go(*flags, out=tmp_path / "out", all=False):
