@@ -8,7 +8,7 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, App. C.2, D.2, Algorithm 1, Eq. (9
 Reads   value.pt of each reward (03); prompts. A value of another backbone on the same VAE is one, too: --value FILE
 Writes  out/06_fks.json, out/06_scaling.png (reward against GFLOP), out/06_grid.png, out/06_spread.json (the reward's spread on plain samples,
         measured once), with --save-images out/06_images in GenEval's layout
-Run     python 06_fks.py                                                       # the miniature, 48 prompts, under three minutes on two idle cores
+Run     python 06_fks.py                                                       # the miniature, 40 prompts, under three minutes on two idle cores
         python 06_fks.py --limit 100 --potential-value stitchvm --n 2 4 6 8 10 12 14 --n-stitchvm 2 4 6 8 --m 2 4 6    # the scaling study (Fig. 3)
         python 06_fks.py --methods fks+stitchvm --proposal argmax corrected --report best mean   # the argmax is biased, this much
         python 06_fks.py --backbone sd3.5-large --value runs/mini/sd3.5-medium_clip/value.pt     # a Medium value guides Large (Table 6)
@@ -33,7 +33,7 @@ from common import (Backbone, Reward, clean_reward, count, encode_prompts, fail,
                     sde_step, shares_prefix, stage_parser, state_cat, state_index, tweedie, value_files, write_geneval)
 
 METHODS = ("flow", "bon", "fks", "fks+stitchvm")
-PRESETS = {"mini": dict(resolution=64, batch=64, prompts="tests/mini/data/drawbench.txt", limit=48, adaptive=0.5, resampling="systematic", potential_value=["tweedie", "stitchvm"]),
+PRESETS = {"mini": dict(resolution=64, batch=64, prompts="tests/mini/data/drawbench.txt", limit=40, adaptive=0.5, resampling="systematic", potential_value=["tweedie", "stitchvm"]),
            "24gb": dict(resolution=512, batch=8), "paper": dict(resolution=1024, batch=8)}
 
 

@@ -39,7 +39,7 @@ from common import (Backbone, Reward, add_lora, average_over_processes, begin, c
 METHODS = ("nft", "nft+stitchvm")
 POLICIES = ("default", "old")  # what is trained, what samples
 ABOUT = ("method", "run", "window", "update", "seconds", "gflop", "gain", "gain_se", "n")  # the keys of a row that are no scores
-PRESETS = {"mini": dict(train_prompts="tests/mini/data/train_captions.json", eval_prompts="tests/mini/data/drawbench.txt", resolution=64, prompts=8, images=8, gflop=4000,
+PRESETS = {"mini": dict(train_prompts="tests/mini/data/train_captions.json", eval_prompts="tests/mini/data/drawbench.txt", resolution=64, prompts=8, images=8, gflop=3000,
                         train_times=4, lr=1e-3, shift=1.0, batch=64, eval_limit=48, eval_every=4, eval_steps=25),
            "24gb": dict(resolution=512, prompts=8, images=12, updates=200, train_times=24, lr=3e-4, batch=4, checkpointing=True, eval_limit=100, eval_every=20, eval_steps=40),
            "paper": dict(reward="dfn-clip+hpsv2", resolution=512, prompts=48, images=24, updates=300, train_times=24, lr=3e-4, batch=8, eval_limit=200, eval_every=30, eval_steps=40)}
