@@ -184,7 +184,7 @@ def main(args):
         return dry_run(args)
     names, device, nu = args.reward.split("+"), torch.device(args.device), (lambda t: 0.0) if args.sampler == "ode" else (lambda t: 3 * t * t)
     strengths = {kind: getattr(args, f"strengths_{kind}") for kind in ("tweedie", "stitchvm") if any(kind in m for m in args.methods)}
-    sweep = {kind: cs for kind, cs in strengths.items() if len(cs) > 1}
+    sweep = any(len(cs) > 1 for cs in strengths.values())
     if not 1 >= args.guide_from > args.guide_to >= 0 or args.steps < 2:
         fail(f"--steps must be at least 2 and 1 >= --guide-from > --guide-to >= 0, not {args.steps}, {args.guide_from:g} and {args.guide_to:g}")
     if not args.prompts or sweep and not args.tune_prompts:

@@ -450,12 +450,11 @@ def main(args):
                 images, r, books, u = sample(models, args, run, unit, part, grid, shape, args.seed)
                 seconds = now(device) - began
                 for other, kept in zip(runs, found):
-                    if other is run or other["method"] == run["method"] == "bon":
-                        n = other["N"]
-                        first = {name: x[:, :n] if torch.is_tensor(x) and x.ndim == 2 else x for name, x in books.items()}
-                        if run["method"] == "bon":
-                            first["killed"] = (~r[:, :n].isfinite()).sum(1)
-                        record(other, kept, part, images[:, :n], r[:, :n], first, u[:, :n], seconds * n / run["N"])
+                    n = other["N"]
+                    if other is run:
+                        record(run, kept, part, images, r, books, u, seconds)
+                    elif other["method"] == run["method"] == "bon":  # nothing was weighed before the end: the books of n are new ones
+                        record(other, kept, part, images[:, :n], r[:, :n], weigh(new_books(len(part), n, r), r[:, :n], 0.0, last=True), u, seconds * n / run["N"])
                 bar.update(run["N"] * len(part))
     bar.close()
 

@@ -23,8 +23,6 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from common import how_reached
 JOBS = 2
 TUNE = ["--coco", "tests/mini/data/tune/coco", "--flickr30k", ""]
 SHORT = ["--steps", 1000, "--batch", 32, "--lr", "1e-3", "--sigma-law", "logit-normal"]  # of every variant, but for what it changes
@@ -180,6 +178,8 @@ def larger(results):
 
 def finetuned(results):
     """Markdown: 07 and 08 at equal work, mean and standard error over the seeds, of a single one over its prompts; the work after which a method has its baseline's last reward, in each seed."""
+    sys.path.insert(0, str(ROOT))
+    from common import how_reached  # here, for it brings torch with it
     lines = ["| | method | seeds | reward | gain | judge | geneval | GFLOP | the baseline's last reward after |", "|---" * 9 + "|"]
     mean = lambda x, alone="": f"{statistics.mean(x):.3f} ± {statistics.stdev(x) / len(x) ** 0.5:.3f}" if len(x) > 1 else alone or f"{x[0]:.3f}"
     for stage in ("07", "08"):
@@ -256,19 +256,18 @@ def studies(stage, rewards):
             (f"05_{rewards[0]}-{name}", "05_dps.py", [*value(rewards[0]), *wide, "--methods", "flow", "tweedie", "stitchvm", "--no-equal-time", *flags])
             for name, flags in (("above", ["--guide-to", 0.5]), ("below", ["--guide-from", 0.5]))]
     if stage == "fks":
-        both, steer = ["--methods", "bon", "fks", "fks+stitchvm"], ["--limit", 100, "--potential-value", "stitchvm"]
-        large = ["--backbone", "sd3.5-large", *steer, "--limit", 64, "--m", 4]
-        return [("06_lam", "06_fks.py", [*value("clip"), *both, "--prompts", "tests/mini/data/tune/drawbench.txt", "--limit", 64, "--potential-value", "stitchvm", "--m", 4, "--lam", 0.5, 1, 2, 4]),
-                ("06_scaling", "06_fks.py", [*value("clip"), *steer, *both, "--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6]),
-                ("06_proposals", "06_fks.py", [*value("clip"), *steer, "--limit", 64, "--methods", "bon", "fks+stitchvm", "--m", 4, "--lam", 1, 4, "--proposal", "argmax", "corrected", "--report", "best", "mean"]),
+        both, small = ["--methods", "bon", "fks", "fks+stitchvm"], ["--potential-value", "stitchvm", "--limit", 64, "--m", 4]
+        large = ["--backbone", "sd3.5-large", *small]
+        return [("06_lam", "06_fks.py", [*value("clip"), *both, *small, "--prompts", "tests/mini/data/tune/drawbench.txt", "--lam", 0.5, 1, 2, 4]),
+                ("06_scaling", "06_fks.py", [*value("clip"), *both, "--potential-value", "stitchvm", "--limit", 100, "--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6]),
+                ("06_proposals", "06_fks.py", [*value("clip"), *small, "--methods", "bon", "fks+stitchvm", "--lam", 1, 4, "--proposal", "argmax", "corrected", "--report", "best", "mean"]),
                 ("06_large-by-large", "06_fks.py", [*large, *both, "--value", "runs/mini/sd3.5-large_clip/value.pt"]),
                 ("06_large-by-medium", "06_fks.py", [*large, "--methods", "fks+stitchvm", "--value", "runs/mini/sd3.5-medium_clip/value.pt"])]
     if stage == "draft":
         long = [*value("clip"), "--gflop", 4000, "--eval-limit", 100]
         return [(f"07_seed{seed}", "07_draft.py", [*long, "--seed", seed]) for seed in range(3)] + [
             ("07_methods", "07_draft.py", [*long, "--methods", "draft-1", "alignprop", "draft-1+stitchvm"])]
-    equal = ["--updates", 1000, "--gflop", 4000, "--eval-every", 2]
-    return [(f"08_seed{seed}", "08_nft.py", [*value("clip"), *equal, "--eval-limit", 100, "--seed", seed]) for seed in range(3)] + [
+    return [(f"08_seed{seed}", "08_nft.py", [*value("clip"), "--gflop", 4000, "--eval-every", 2, "--eval-limit", 100, "--seed", seed]) for seed in range(3)] + [
         ("08_windows", "08_nft.py", [*value("clip"), "--eval-limit", 100, "--methods", "nft+stitchvm", "--stop-window", "2-12", "12-17", "12-25", "20-25"])]
 
 
@@ -297,12 +296,13 @@ COLUMNS = {"05": ("method", "strength", "steps", "n", "s_per_sample", "time_of_f
 
 def comparison(file):
     """Markdown of a table of 05 to 08: what is reported, without the sweeps on tuning prompts, and its figures."""
-    rows, keys = read_rows(file), COLUMNS[file.stem[:2]]
+    rows, keys, command = read_rows(file), COLUMNS[file.stem[:2]], json.loads(file.read_text())["provenance"]["command"]
     metrics = ["reward", *(k for k in rows[0] if f"{k}_se" in rows[0] and k not in ("reward", "gain"))]
     cell = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
     pictures = [f"[{p.stem.removeprefix(file.stem + '_')}](../{p.name})" for p in sorted((ROOT / "assets").glob(f"{file.stem}_*.png"))]
-    lines = [f"## {file.stem}" + ", on tuning prompts" * (file.stem == "06_lam"), "", f"`{json.loads(file.read_text())['provenance']['command']}`; figures: {', '.join(pictures)}", "", "| " + " | ".join([*keys, *metrics]) + " |", "|---" * (len(keys) + len(metrics)) + "|"]
-    lines += ["| " + " | ".join([*(cell(r.get(k)) for k in keys), *(f"{r[m]:.3f} ± {r[m + '_se']:.3f}" if m in r else "" for m in metrics)]) + " |" for r in rows]
+    lines = [f"## {file.stem}" + ", on tuning prompts" * (file.stem == "06_lam"), "", f"`{command}`; figures: {', '.join(pictures)}", "",
+             "| " + " | ".join([*keys, *metrics]) + " |", "|---" * (len(keys) + len(metrics)) + "|"]
+    lines += ["| " + " | ".join([*(cell(r.get(k)) for k in keys), *(measured(r, m) if m in r else "" for m in metrics)]) + " |" for r in rows]
     return [*lines, ""]
 
 
