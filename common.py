@@ -1213,7 +1213,7 @@ def save_image_grid(rows, labels, titles, path):
         for b in range(n):
             axes[a, b].imshow(images[b].float().permute(1, 2, 0).cpu().numpy())
             axes[a, b].set(xticks=[], yticks=[])
-        axes[a, 0].set_ylabel(labels[a], fontsize=8)
+        axes[a, 0].set_ylabel("\n".join(textwrap.fill(line, 22) for line in labels[a].splitlines()), fontsize=8)  # a longer line would run into the next row's
     for b, title in enumerate(titles):
         axes[0, b].set_title(textwrap.fill(title, 22), fontsize=6)
     save_figure(figure, path)
