@@ -366,7 +366,8 @@ def main(args):
     print_table(rows, ("run", "update", "seconds", "gflop", "reward", "reward_se", "gain", "gain_se", *metrics[1:], "n"))
     saved = work_saved(rows, "run")
     print_work_saved(saved, "run")
-    save_table(args, "08_nft", rows, work_saved=saved, curve=curve, rewards_of_prompts=[[v if v == v else None for v in r] for r in per_prompt], gflop_per_row=costs, values=[dict(stage=a["stage"], id=a["id"]) for a in artifacts])
+    save_table(args, "08_nft", rows, work_saved=saved, curve=curve, rewards_of_prompts=[[v if v == v else None for v in r] for r in per_prompt], grid=grid, gflop_per_row=costs,
+               values=[dict(stage=a["stage"], id=a["id"]) for a in artifacts])
     draw_training(rows, "run", Path(args.out) / "08_curves.png", f"{args.reward} + {args.backbone}, {len(held_out)} held-out prompts")
     width = min(len(x) for x in shown)
     save_image_grid([x.float() / 255 for x in shown], [f"{r['run']}\nupdate {r['update']}" for r in rows], held_out[:width], Path(args.out) / "08_grid.png")

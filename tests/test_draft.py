@@ -454,6 +454,16 @@ def lora(out, method):
     return load_file(out / method / "pytorch_lora_weights.safetensors")
 
 
+@pytest.mark.parametrize("backbone", ["sd3.5-medium", "flux"])
+def test_the_noise_levels_of_a_run(run, backbone):
+    """On either transformer: without shift in the miniature, with another where a flag says so; the rollouts and the evaluation use them."""
+    flags, even = ("--backbone", backbone, "--methods", "draft-1", "--updates", 1), torch.linspace(1, 0.1, 10, dtype=torch.float64)
+    table, shifted = run(*flags, "--grid", "even")[0], run(*flags, "--grid", "even", "--shift", 3)[0]
+    assert table["grid"] == pytest.approx([*even.tolist(), 0], abs=1e-6) and shifted["grid"] == pytest.approx([*(3 * even / (1 + 2 * even)).tolist(), 0], abs=1e-6)
+    assert run(*flags)[0]["grid"][1] == pytest.approx(0.889, abs=1e-6)
+    assert shifted["rows"][1]["score"] != table["rows"][1]["score"] and shifted["rows"][0]["reward"] != table["rows"][0]["reward"]
+
+
 def test_a_whole_short_run(run, values, tmp_path):
     """The promised keys, one evaluation of the base model for all, costs in the order that the method is about, files and figures."""
     methods = ("draft-1", "alignprop", "draft-1+stitchvm")

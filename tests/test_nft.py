@@ -551,6 +551,16 @@ def test_paper_form_runs(run):
     assert table["config"]["kl"] == 0 and table["curve"][0]["penalty"] == 0 and table["curve"][0]["eta"] == 0.5
 
 
+@pytest.mark.parametrize("backbone", ["sd3.5-medium", "flux"])
+def test_the_noise_levels_of_a_run(run, backbone):
+    """On either transformer: without shift in the miniature, with another where a flag says so; the rollouts and the evaluation use them."""
+    flags, even = ("--backbone", backbone, "--methods", "nft", "--updates", 1), torch.cat([torch.linspace(1, 0.001, 5, dtype=torch.float64), torch.zeros(1)])
+    table, shifted = run(*flags), run(*flags, "--shift", 3)
+    assert table["grid"] == pytest.approx(even.tolist(), abs=1e-6)
+    assert shifted["grid"][1:4] == pytest.approx((3 * even / (1 + 2 * even))[1:4].tolist(), abs=2e-3) and shifted["grid"][0] == 1
+    assert shifted["curve"][0]["rollouts"] != table["curve"][0]["rollouts"] and shifted["rows"][0]["reward"] != table["rows"][0]["reward"]
+
+
 def test_a_nan_stops_and_keeps_the_last_good_state(run, tmp_path, monkeypatch):
     """One sentence; what is left is the state before the bad update, from which a run without the fault ends as one that never had it."""
     flags, good, calls = ("--updates", 3, "--methods", "nft+stitchvm"), nft.optimality, []
