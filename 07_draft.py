@@ -35,8 +35,8 @@ from common import (Backbone, Reward, add_lora, average_over_processes, clean_re
 
 METHODS = ("draft-1", "draft-3", "alignprop", "draft-1+stitchvm", "draft-3+stitchvm")
 PAPER = dict(methods=list(METHODS), resolution=512, lr=5e-5, ema=0.99, updates=500, eval_every=50, eval_steps=40, save_every=10, train_limit=2000)
-PRESETS = {"mini": dict(train_prompts="tests/mini/data/train_captions.json", eval_prompts="tests/mini/data/drawbench.txt", eval_limit=48, resolution=64, batch=16, accumulate=1,
-                        methods=["draft-3", "draft-3+stitchvm"], lr=5e-4, regularise=0.03, shift=1.0, ema=0.9, gflop=2500, eval_every=20, eval_steps=20, save_every=5, train_limit=2000),
+PRESETS = {"mini": dict(train_prompts="tests/mini/data/train_captions.json", eval_prompts="tests/mini/data/drawbench.txt", eval_limit=200, resolution=64, batch=16, accumulate=1,
+                        methods=["draft-3", "draft-3+stitchvm"], lr=5e-4, regularise=0.03, shift=1.0, ema=0.9, gflop=2500, eval_every=32, eval_steps=20, save_every=5, train_limit=2000),
            "24gb": dict(batch=1, accumulate=64, checkpointing=True, **PAPER), "paper": dict(batch=8, accumulate=16, **PAPER)}
 
 

@@ -39,8 +39,8 @@ from common import (Backbone, Reward, add_lora, average_over_processes, begin, c
 METHODS = ("nft", "nft+stitchvm")
 POLICIES = ("default", "old")  # what is trained, what samples
 ABOUT = ("method", "run", "window", "update", "seconds", "gflop", "gain", "gain_se", "n")  # the keys of a row that are no scores
-PRESETS = {"mini": dict(train_prompts="tests/mini/data/train_captions.json", eval_prompts="tests/mini/data/drawbench.txt", resolution=64, prompts=8, images=8, gflop=3000,
-                        train_times=4, lr=1e-3, shift=1.0, batch=64, eval_limit=48, eval_every=4, eval_steps=25),
+PRESETS = {"mini": dict(train_prompts="tests/mini/data/train_captions.json", eval_prompts="tests/mini/data/drawbench.txt", resolution=64, prompts=8, images=8, gflop=3500,
+                        train_times=8, lr=1e-3, shift=1.0, batch=64, eval_limit=200, eval_every=6, eval_steps=25),
            "24gb": dict(resolution=512, prompts=8, images=12, updates=200, train_times=24, lr=3e-4, batch=4, checkpointing=True, eval_limit=100, eval_every=20, eval_steps=40),
            "paper": dict(reward="dfn-clip+hpsv2", resolution=512, prompts=48, images=24, updates=300, train_times=24, lr=3e-4, batch=8, eval_limit=200, eval_every=30, eval_steps=40)}
 
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     p.add_argument("--train-times", type=int, help="noise levels at which an image is trained on, drawn from the grid's nodes above tau (official: 0.99 --steps)")
     p.add_argument("--loss", choices=("official", "paper"), default="official", help="[D9]")
     p.add_argument("--beta", type=float, default=0.1, help="of (68), (69) (official: 0.1 for several rewards and 25 steps, 1 for one reward and 10 steps)")
-    p.add_argument("--kl", type=float, help="weight of |v - v_base|^2 (default: 1e-4; 0 with --loss paper)")
+    p.add_argument("--kl", type=float, help="weight of |v - v_base|^2 (default: 1e-4, in the miniature 0.3; 0 with --loss paper)")
     p.add_argument("--adv-clip", type=float, default=5.0, help="standard deviations at which rho is 0 or 1")
     p.add_argument("--decay", type=int, choices=(0, 1, 2), default=1, help="official schedule of (71)'s eta: 0; ramp to 0.5; 0, then ramp to 0.999")
     p.add_argument("--eta", type=float, help="a constant eta, instead of --decay")
@@ -173,7 +173,8 @@ def policy_velocity(backbone, condition, checkpointing=False):
 def complete(args):
     """Fill in the flags that depend on others, refuse what cannot be run, and list the runs: method, window, the name of the row and of its folder."""
     args.train_times = min(args.train_times, max(1, int(0.99 * args.steps)))
-    args.kl = (1e-4 if args.loss == "official" else 0.0) if args.kl is None else args.kl
+    if args.kl is None:
+        args.kl = 0.0 if args.loss == "paper" else 0.3 if args.preset == "mini" else 1e-4
     if args.images < 2:
         fail(f"--images {args.images}: a group needs two at least, its rewards are compared with their mean")
     for name in ("prompts", "updates", "steps", "train_times", "batch", "eval_every", "eval_steps", "save_every", "rank"):

@@ -264,11 +264,12 @@ def studies(stage, rewards):
                 ("06_large-by-large", "06_fks.py", [*large, *both, "--value", "runs/mini/sd3.5-large_clip/value.pt"]),
                 ("06_large-by-medium", "06_fks.py", [*large, "--methods", "fks+stitchvm", "--value", "runs/mini/sd3.5-medium_clip/value.pt"])]
     if stage == "draft":
-        long = [*value("clip"), "--gflop", 4000, "--eval-limit", 100]
+        long = [*value("clip"), "--gflop", 4000, "--eval-limit", 100, "--eval-every", 20]
         return [(f"07_seed{seed}", "07_draft.py", [*long, "--seed", seed]) for seed in range(3)] + [
-            ("07_methods", "07_draft.py", [*long, "--methods", "draft-1", "alignprop", "draft-1+stitchvm"])]
-    return [(f"08_seed{seed}", "08_nft.py", [*value("clip"), "--gflop", 4000, "--eval-every", 2, "--eval-limit", 100, "--seed", seed]) for seed in range(3)] + [
-        ("08_windows", "08_nft.py", [*value("clip"), "--eval-limit", 100, "--methods", "nft+stitchvm", "--stop-window", "2-12", "12-17", "12-25", "20-25"])]
+            ("07_methods", "07_draft.py", [*long, "--grid", "even", "--methods", "draft-1", "alignprop", "draft-1+stitchvm"])]
+    online = [*value("clip"), "--eval-every", 4, "--gflop"]
+    return [(f"08_seed{seed}", "08_nft.py", [*online, 12000, "--seed", seed]) for seed in range(3)] + [
+        ("08_windows", "08_nft.py", [*online, 8000, "--methods", "nft+stitchvm", "--stop-window", "2-12", "12-17", "12-25", "20-25"])]
 
 
 def compare(stage, rewards, only=None):
