@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import children
 import common
+import gradient
 from test_common import small_sd3, write_clip
 
 nft = importlib.import_module("08_nft")
@@ -626,3 +627,27 @@ def test_two_processes_do_what_one_does(run, tmp_path, values):
         assert numbers == pytest.approx({k: b[k] for k in numbers}, rel=1e-2, abs=1e-3)
     a, b = (torch.cat([v.flatten() for k, v in sorted(lora_of(tmp_path / n / "nft+stitchvm").items()) if "lora_B" in k]) for n in ("one", "two"))
     assert (a - b).norm() < 0.05 * a.norm()
+
+
+# ---------------------------------------------------------------------------- tests/mini/gradient.py
+def test_the_signal_of_a_gradient():
+    """The mean product of two of them and its jackknife, against both by loops; the mean's square, .25, from 4,000 noisy ones."""
+    x = torch.tensor([3.0, -1.0, 3.0, -1.0, 3.0], dtype=torch.float64)[:, None]
+    estimate, error = gradient.signal_of(x @ x.T)
+    pairs = lambda x: sum(float(a * b) for k, a in enumerate(x) for m, b in enumerate(x) if k != m) / len(x) / (len(x) - 1)
+    without = torch.tensor([pairs(torch.cat([x[:k], x[k + 1:]])) for k in range(5)])
+    assert float(estimate) == pytest.approx(pairs(x)) and float(error) == pytest.approx(float((4 / 5 * (without - without.mean()).square().sum()).sqrt()))
+    g = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.tensor([0.3, 0.0, -0.4])
+    estimate, error = gradient.signal_of(g @ g.T)
+    assert abs(float(estimate) - 0.25) < 3 * float(error) < 0.06
+
+
+def test_signal_and_noise_of_a_short_run(tmp_path, monkeypatch, values):
+    """nft's and one stop's rows, on training prompts; the noises are what is left of the gradient's square."""
+    monkeypatch.chdir(ROOT)
+    gradient.main(gradient.parse_args(["--groups", "3", "--images", "2", "--every", "6", "--stops", "13", "--train-limit", "6", "--value", str(values["clip"]), "--out", str(tmp_path)]))
+    rows = json.loads((tmp_path / "gradient.json").read_text())["rows"]
+    assert [(r["method"], r["stop"], r["n"]) for r in rows] == [("nft", 25, 3), ("nft+stitchvm", 13, 3)]
+    for r in rows:
+        assert r["signal"] + r["noise_of_images"] + r["noise_of_levels"] > 0 and r["signal_se"] > 0 and abs(r["correlation"]) <= 1.0001
+    assert rows[0]["correlation"] == pytest.approx(1) and rows[1]["rollout_gflop"] < rows[0]["rollout_gflop"]
