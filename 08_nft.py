@@ -22,6 +22,8 @@ Departs from the paper: the official code where it differs from (65)-(71), --los
         the bridge's target is infinite at tau [D8]; a step index counts finished steps, so 12..17 of 25 are sigma .75 .. .56 at shift 3. The miniature trains on fewer
         noise levels of each image, at a higher rate (at 2e-3 NFT lost reward within nine updates), and without the shift of the noise levels: 3 is for 1024 px, and at 64
         would stop the rollouts where V hardly tells two images of a prompt apart (within a prompt it correlates .12 to .46 with the reward there; without shift, at .50 .. .29, .53 to .77).
+        So few images leave a gradient that is nearly all noise (tests/mini/gradient.py), which wears the model down unless it is held to the base model harder: --kl .3, official 1e-4; .1 with
+        the value, for the errors of an anchor, and with them the pull of the rewards, are several times smaller than those of z_0.
 """
 import math
 from functools import partial
@@ -66,6 +68,7 @@ def parse_args(argv=None):
     p.add_argument("--loss", choices=("official", "paper"), default="official", help="[D9]")
     p.add_argument("--beta", type=float, default=0.1, help="of (68), (69) (official: 0.1 for several rewards and 25 steps, 1 for one reward and 10 steps)")
     p.add_argument("--kl", type=float, help="weight of |v - v_base|^2 (default: 1e-4, in the miniature 0.3; 0 with --loss paper)")
+    p.add_argument("--kl-stitchvm", type=float, help="the same for nft+stitchvm (default: as --kl, in the miniature 0.1)")
     p.add_argument("--adv-clip", type=float, default=5.0, help="standard deviations at which rho is 0 or 1")
     p.add_argument("--decay", type=int, choices=(0, 1, 2), default=1, help="official schedule of (71)'s eta: 0; ramp to 0.5; 0, then ramp to 0.999")
     p.add_argument("--eta", type=float, help="a constant eta, instead of --decay")
@@ -173,8 +176,11 @@ def policy_velocity(backbone, condition, checkpointing=False):
 def complete(args):
     """Fill in the flags that depend on others, refuse what cannot be run, and list the runs: method, window, the name of the row and of its folder."""
     args.train_times = min(args.train_times, max(1, int(0.99 * args.steps)))
+    kl, kl_stitchvm = (0.0, 0.0) if args.loss == "paper" else (0.3, 0.1) if args.preset == "mini" else (1e-4, 1e-4)
+    if args.kl_stitchvm is None:
+        args.kl_stitchvm = kl_stitchvm if args.kl is None else args.kl
     if args.kl is None:
-        args.kl = 0.0 if args.loss == "paper" else 0.3 if args.preset == "mini" else 1e-4
+        args.kl = kl
     if args.images < 2:
         fail(f"--images {args.images}: a group needs two at least, its rewards are compared with their mean")
     for name in ("prompts", "updates", "steps", "train_times", "batch", "eval_every", "eval_steps", "save_every", "rank"):
@@ -195,7 +201,7 @@ def complete(args):
     for method in [m for m in METHODS if m in args.methods]:
         for low, high in windows if method != "nft" else [(args.steps, args.steps)]:
             name = f"{method}_{low}-{high}" if method != "nft" and len(windows) > 1 else method
-            runs.append(dict(method=method, name=name, window=(low, high), value=method != "nft"))
+            runs.append(dict(method=method, name=name, window=(low, high), value=method != "nft", kl=args.kl if method == "nft" else args.kl_stitchvm))
     return runs
 
 
@@ -204,7 +210,7 @@ def unit_costs(backbone, rewards, values, condition, texts, shape, args):
     z, one = torch.randn(1, *shape).to(backbone.device), torch.full((1,), 0.5, device=backbone.device)
 
     def train():
-        loss, penalty = train_loss(policy_velocity(backbone, condition, args.checkpointing), z, 0 * one, z, one, one, args.loss, args.beta, args.kl)
+        loss, penalty = train_loss(policy_velocity(backbone, condition, args.checkpointing), z, 0 * one, z, one, one, args.loss, args.beta, max(args.kl, args.kl_stitchvm))
         (loss + penalty).sum().backward()
 
     counted = partial(gflop, device=backbone.device)
@@ -251,7 +257,7 @@ def main(args):
     running = Path(args.out) / "08_nft.train"
     must_agree = {"values": [a["id"] for a in artifacts], "processes": world, "runs": [run["name"] for run in runs]} | {k: getattr(args, k) for k in (
         "preset", "backbone", "reward", "seed", "resolution", "dtype", "train_prompts", "train_limit", "eval_prompts", "eval_limit", "eval_every", "eval_steps", "prompts", "images", "updates",
-        "gflop", "steps", "shift", "stop_window", "train_times", "loss", "beta", "kl", "adv_clip", "decay", "eta", "rank", "alpha", "lr", "weight_decay", "clip", "ema", "batch")}
+        "gflop", "steps", "shift", "stop_window", "train_times", "loss", "beta", "kl", "kl_stitchvm", "adv_clip", "decay", "eta", "rank", "alpha", "lr", "weight_decay", "clip", "ema", "batch")}
     done, rows, curve, shown, per_prompt = dict(run=0, update=0), [], [], [], []
     if args.resume:
         done = load_artifact(running, must_agree, "08_nft.py")["data"]
@@ -323,7 +329,7 @@ def main(args):
                 weight = torch.tensor([world / samples / len(times[x]) for x in b], device=device)  # of all processes' mean: every image counts as much
                 velocity = policy_velocity(backbone, of(prompt_of[b])[0], args.checkpointing)
                 loss = torch.stack(train_loss(velocity, z_tau[b].to(device), tau[b].to(device), eps.to(device), levels[k].to(device), rho[own].flatten()[b].to(device),
-                                              args.loss, args.beta, args.kl))
+                                              args.loss, args.beta, run["kl"]))
                 (weight * loss).sum().backward()
                 sums += (weight * loss.detach()).sum(1)
             average_over_processes([*[p.grad for p in lora["default"]], sums])

@@ -267,9 +267,9 @@ def studies(stage, rewards):
         long = [*value("clip"), "--gflop", 4000, "--eval-limit", 100, "--eval-every", 20]
         return [(f"07_seed{seed}", "07_draft.py", [*long, "--seed", seed]) for seed in range(3)] + [
             ("07_methods", "07_draft.py", [*long, "--grid", "even", "--methods", "draft-1", "alignprop", "draft-1+stitchvm"])]
-    online = [*value("clip"), "--eval-every", 4, "--gflop"]
-    return [(f"08_seed{seed}", "08_nft.py", [*online, 12000, "--seed", seed]) for seed in range(3)] + [
-        ("08_windows", "08_nft.py", [*online, 8000, "--methods", "nft+stitchvm", "--stop-window", "2-12", "12-17", "12-25", "20-25"])]
+    online = [*value("clip"), "--eval-every", 5, "--gflop"]
+    return [(f"08_seed{seed}", "08_nft.py", [*online, 10000, "--seed", seed]) for seed in range(3)] + [
+        ("08_windows", "08_nft.py", [*online, 7000, "--methods", "nft+stitchvm", "--stop-window", "2-12", "12-17", "12-25", "20-25"])]
 
 
 def compare(stage, rewards, only=None):
