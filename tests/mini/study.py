@@ -4,7 +4,7 @@ selection   short trainings of the value model of clip that differ in one choice
             compared on the tuning split only                                     -> assets/results/selection.json
 table       01 to 04 with both baselines, for each backbone and reward, on the report split    -> assets/results/04_<…>.json and the figures
 dps, fks    05 with each reward, and guided above or below sigma .5 only; 06's scaling in N and M, its proposals  -> assets/results/05_*, 06_*
-draft, nft  07 and 08 at equal work, three seeds each; 07's other methods, 08's stop windows               -> assets/results/07_*, 08_*
+draft, nft  07 and 08 at equal work, three seeds each; 07's other methods, 08's stop windows and gradient  -> assets/results/07_*, 08_*, gradient.json
 counts      what the paper measured beside what --dry-run counts at published size, and every pair of models  -> tables in README.md
 readme      writes the tables of README.md, assets/results/README.md and tests/mini/README.md from assets/results and quality.json
 
@@ -195,6 +195,21 @@ def finetuned(results):
     return lines
 
 
+def windows(results):
+    """Markdown: 08 with the value model stopped in other windows, at the end."""
+    rows = {r["run"]: r for r in read_rows(results / "08_windows.json")}
+    lines = ["| stops after | reward | gain | judge | geneval | updates | GFLOP |", "|---" * 7 + "|"]
+    return lines + [f"| {r['window'][0]} to {r['window'][1]} of 25 | " + " | ".join(measured(r, k) for k in ("reward", "gain", "judge", "geneval")) + f" | {r['update']} | {r['gflop']:,.0f} |"
+                    for r in rows.values()]
+
+
+def gradients(results):
+    """Markdown: what part of 08's gradient is signal, without and with the value model."""
+    lines = ["| | stopped at sigma | correlation of V and r | signal to noise of a TFLOP | noise levels of an image | cosine with nft's |", "|---" * 6 + "|"]
+    return lines + [f"| {r['method']} | {r['sigma']:.2f} | {r['correlation']:.2f} | {r['snr_per_tflop']:.3f} ± {r['snr_per_tflop_se']:.3f} | {r['best_times']} | {r['cosine']:.2f} |"
+                    for r in read_rows(results / "gradient.json")]
+
+
 def readme():
     results, front, page = ROOT / "assets/results", [], ["# Results", "", "Written by `python tests/mini/study.py readme` from the tables in this folder.", ""]
     page += twelve(results)
@@ -237,7 +252,7 @@ def readme():
                  for r in json.loads((results / "selection.json").read_text())] + [""]
     page += [line for file in sorted(results.glob("0[5-8]_*.json")) for line in comparison(file)]
     between(ROOT / "README.md", "results", "\n".join(front).rstrip())
-    for marker, lines in (("guided", guided), ("steered", steered), ("larger", larger), ("finetuned", finetuned)):
+    for marker, lines in (("guided", guided), ("steered", steered), ("larger", larger), ("finetuned", finetuned), ("windows", windows), ("gradient", gradients)):
         between(ROOT / "README.md", marker, "\n".join(lines(results)))
     (results / "README.md").write_text("\n".join(page))
     quality = json.loads((ROOT / "tests/mini/quality.json").read_text())
@@ -269,7 +284,8 @@ def studies(stage, rewards):
             ("07_methods", "07_draft.py", [*long, "--grid", "even", "--methods", "draft-1", "alignprop", "draft-1+stitchvm"])]
     online = [*value("clip"), "--eval-every", 5, "--gflop"]
     return [(f"08_seed{seed}", "08_nft.py", [*online, 10000, "--seed", seed]) for seed in range(3)] + [
-        ("08_windows", "08_nft.py", [*online, 7000, "--methods", "nft+stitchvm", "--stop-window", "2-12", "12-17", "12-25", "20-25"])]
+        ("08_windows", "08_nft.py", [*online, 7000, "--methods", "nft+stitchvm", "--stop-window", "2-12", "12-17", "12-25", "20-25"]),
+        ("gradient", "tests/mini/gradient.py", [*value("clip"), "--groups", 100, "--every", 3, "--stops", 14, 20])]
 
 
 def compare(stage, rewards, only=None):
