@@ -1,6 +1,9 @@
 """The miniature's world: the checker, the parser and the splits are exact, faults are found, the benchmark folders have the real formats."""
 import json
+import subprocess
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,6 +221,16 @@ def data(tmp_path_factory):
     draw.write_benchmarks(out, train_images=20)
     assert [p.name for p in out.parent.iterdir()] == ["data"]  # the temporary folder is gone
     return out
+
+
+def test_two_processes_draw_at_once(data, tmp_path):
+    """Both end well, one folder is left, whole, and drawing again replaces it."""
+    again = [sys.executable, "-c", f"import draw; draw.write_benchmarks({str(tmp_path / 'data')!r}, train_images=20)"]
+    files = lambda root: {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    for count in (2, 1):
+        assert [p.wait() for p in [subprocess.Popen(again, cwd=Path(draw.__file__).parent) for _ in range(count)]] == [0] * count
+        assert [p.name for p in tmp_path.iterdir()] == ["data"] and files(tmp_path / "data") == files(data)
+        (tmp_path / "data/drawbench.txt").write_text("not drawn")
 
 
 def from_split(captions, split):

@@ -434,9 +434,9 @@ def geneval_metadata(rng, split, per_task):
 
 
 def write_benchmarks(out, train_images=8000, seed=0):
-    """Write every benchmark folder below `out` (a few seconds, the same bytes for the same seed)."""
-    out, final = Path(str(out) + ".tmp"), Path(out)
-    shutil.rmtree(out, ignore_errors=True)
+    """Write every benchmark folder below `out` (a few seconds, the same bytes for the same seed), in place of one that is there."""
+    out, final = Path(f"{out}.{os.getpid()}.tmp"), Path(out)  # another process may be drawing too
+    again = final.exists()
     dump = lambda path, value: (path.parent.mkdir(parents=True, exist_ok=True), path.write_text(json.dumps(value)))
     for split, root in (("report", out), ("tune", out / "tune")):
         rng = np.random.default_rng([seed, split == "tune"])
@@ -488,8 +488,14 @@ def write_benchmarks(out, train_images=8000, seed=0):
         coco["images"].append(dict(id=k, file_name=f"{k:05d}.png"))
         coco["annotations"] += [dict(id=3 * k + n, image_id=k, caption=random_caption(rng, scene)) for n in range(3)]
     dump(out / "train_captions.json", coco)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(out, final)
+    if again:
+        shutil.rmtree(final)
+    try:
+        os.replace(out, final)
+    except OSError:
+        if not final.exists():
+            raise
+        shutil.rmtree(out)  # the other was faster, and its bytes are the same
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["check"]:
