@@ -45,6 +45,7 @@ PRESETS = {"mini": dict(train_prompts="tests/mini/data/train_captions.json", eva
                         train_times=8, lr=1e-3, shift=1.0, batch=64, eval_limit=200, eval_every=6, eval_steps=25),
            "24gb": dict(resolution=512, prompts=8, images=12, updates=200, train_times=24, lr=3e-4, batch=4, checkpointing=True, eval_limit=100, eval_every=20, eval_steps=40),
            "paper": dict(reward="dfn-clip+hpsv2", resolution=512, prompts=48, images=24, updates=300, train_times=24, lr=3e-4, batch=8, eval_limit=200, eval_every=30, eval_steps=40)}
+KL = {"mini": (0.3, 0.1), "24gb": (1e-4, 1e-4), "paper": (1e-4, 1e-4)}  # --kl and --kl-stitchvm of --loss official
 
 
 def parse_args(argv=None):
@@ -176,7 +177,7 @@ def policy_velocity(backbone, condition, checkpointing=False):
 def complete(args):
     """Fill in the flags that depend on others, refuse what cannot be run, and list the runs: method, window, the name of the row and of its folder."""
     args.train_times = min(args.train_times, max(1, int(0.99 * args.steps)))
-    kl, kl_stitchvm = (0.0, 0.0) if args.loss == "paper" else (0.3, 0.1) if args.preset == "mini" else (1e-4, 1e-4)
+    kl, kl_stitchvm = KL[args.preset] if args.loss == "official" else (0.0, 0.0)
     if args.kl_stitchvm is None:
         args.kl_stitchvm = kl_stitchvm if args.kl is None else args.kl
     if args.kl is None:
@@ -201,7 +202,7 @@ def complete(args):
     for method in [m for m in METHODS if m in args.methods]:
         for low, high in windows if method != "nft" else [(args.steps, args.steps)]:
             name = f"{method}_{low}-{high}" if method != "nft" and len(windows) > 1 else method
-            runs.append(dict(method=method, name=name, window=(low, high), value=method != "nft", kl=args.kl if method == "nft" else args.kl_stitchvm))
+            runs.append(dict(method=method, name=name, window=(low, high), value=method != "nft"))
     return runs
 
 
@@ -329,7 +330,7 @@ def main(args):
                 weight = torch.tensor([world / samples / len(times[x]) for x in b], device=device)  # of all processes' mean: every image counts as much
                 velocity = policy_velocity(backbone, of(prompt_of[b])[0], args.checkpointing)
                 loss = torch.stack(train_loss(velocity, z_tau[b].to(device), tau[b].to(device), eps.to(device), levels[k].to(device), rho[own].flatten()[b].to(device),
-                                              args.loss, args.beta, run["kl"]))
+                                              args.loss, args.beta, args.kl_stitchvm if run["value"] else args.kl))
                 (weight * loss).sum().backward()
                 sums += (weight * loss.detach()).sum(1)
             average_over_processes([*[p.grad for p in lora["default"]], sums])
