@@ -650,4 +650,6 @@ def test_signal_and_noise_of_a_short_run(tmp_path, monkeypatch, values):
     assert [(r["method"], r["stop"], r["n"]) for r in rows] == [("nft", 25, 3), ("nft+stitchvm", 13, 3)]
     for r in rows:
         assert r["signal"] + r["noise_of_images"] + r["noise_of_levels"] > 0 and r["signal_se"] > 0 and abs(r["correlation"]) <= 1.0001
+    with pytest.raises(SystemExit, match="--groups 2 must be 3 at least"):
+        gradient.main(gradient.parse_args(["--groups", "2"]))
     assert rows[0]["correlation"] == pytest.approx(1) and rows[1]["rollout_gflop"] < rows[0]["rollout_gflop"]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from tqdm import tqdm
 
-from common import (Backbone, Reward, add_lora, clean_reward, encode_prompts, generator, joint_value, load_values, own_prefixes, print_table, save_table, split_prompts, value_files)
+from common import (Backbone, Reward, add_lora, clean_reward, encode_prompts, fail, generator, joint_value, load_values, own_prefixes, print_table, save_table, split_prompts, value_files)
 
 nft = importlib.import_module("08_nft")
 
@@ -45,6 +45,8 @@ def signal_of(gram):
 
 def main(args):
     nft.complete(args)
+    if args.groups < 3 or not 0 < args.every < args.steps or not all(args.every < stop < args.steps for stop in args.stops):
+        fail(f"--groups {args.groups} must be 3 at least, and each of --stops above --every {args.every} and below --steps {args.steps}: noise is told from two groups and two levels")
     names, device = args.reward.split("+"), torch.device(args.device)
     pool = split_prompts(args)[0]
     pool = [pool[k] for k in torch.randperm(len(pool), generator=generator(args.seed, "groups"))[:args.groups]]
