@@ -1,0 +1,528 @@
+"""Every table of the pages, as Markdown, from docs/results/*.json: see study.py readme.
+
+docs/results.md is written whole; README.md, docs/published.md and tests/mini/README.md have tables
+between <!-- name --> and <!-- /name -->. A test fails when a page and the JSON differ.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs/results"
+SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
+METRIC = {
+    "clip": ("coco", "recall@1_i2t"),
+    "dfn-clip": ("coco", "recall@1_i2t"),
+    "hpsv2": ("hpdv2", "hpdv2_accuracy"),
+    "aesthetic": ("ava", "srcc"),
+}
+# CLIP + SD 3.5 Medium on MSCOCO, image to text Recall@1 in per cent (Table 5 of the paper)
+PAPER = {
+    "clean": [57.90] * 5,
+    "stitchvm": [56.82, 56.22, 52.50, 32.52, 3.68],
+    "vae-stitch": [42.62, 38.91, 21.14, 2.78, 0.08],
+    "noisyclip": [46.07, 45.16, 32.71, 6.14, 2.11],
+}
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def reported(name):
+    """The rows of a table that are not of tuning prompts."""
+    return [r for r in read(name)["rows"] if r.get("split", "report") == "report"]
+
+
+def markdown(head, rows):
+    """Lines of a table; cells are strings."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def measured(row, key, scale=1, digits=3):
+    """A mean and its standard error."""
+    return f"{scale * row[key]:.{digits}f} ± {scale * row[f'{key}_se']:.{digits}f}"
+
+
+def mean_of(values):
+    """Mean and standard error over seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+
+
+# ---------------------------------------------------------------------------- 04
+def quality(rows, metric, method):
+    """The cells of a method at every sigma, per cent where the metric is a share."""
+    found = {r["sigma"]: r for r in rows if r["method"] == method and r["metric"] == metric}
+    found = {s: r for s, r in found.items() if r["value"] is not None}
+    scale, digits = (1, 3) if metric == "srcc" else (100, 1)
+    if not found:
+        return None
+    at = [found.get(s, found.get(0.0)) for s in SIGMAS]
+    return [measured(r, "value", scale, digits) for r in at]
+
+
+def every_pair():
+    """Table 5 and, of a Medium value on Large's latents, Table 6."""
+    rows = []
+    labels = {
+        "": "sd3.5-medium",
+        "sd3.5-large_": "sd3.5-large",
+        "medium-on-large_": "sd3.5-medium's value on sd3.5-large",
+        "flux_": "flux",
+    }
+    for reward, (benchmark, metric) in METRIC.items():
+        for prefix, label in labels.items():
+            if not (RESULTS / f"04_{prefix}{reward}.json").exists():
+                continue
+            found = [r for r in reported(f"04_{prefix}{reward}") if r["benchmark"] == benchmark]
+            vae = "flux" if prefix == "flux_" else "sd3.5"
+            what = {"stitchvm": label, "vae-stitch": f"VAE stitch, {vae}'s VAE"}
+            if not prefix:
+                what = {"clean": f"clean images: {metric}, n = {found[0]['n']}"} | what
+            for method, name in what.items():
+                if cells := quality(found, metric, method):
+                    rows.append([reward, name, *cells])
+    return markdown(["reward", "value model", *SIGMAS], rows)
+
+
+def against_the_paper():
+    """clip on sd3.5-medium beside the paper's row."""
+    rows = [[f"paper: {m}", *(f"{v:.1f}" for v in values)] for m, values in PAPER.items()]
+    found = [r for r in reported("04_clip") if r["benchmark"] == "coco"]
+    for method in ("clean", "stitchvm", "vae-stitch", "noisyclip", "tweedie"):
+        rows.append([method, *quality(found, "recall@1_i2t", method)])
+    return markdown(["sigma", *SIGMAS], rows)
+
+
+def value_errors(reward):
+    """(V - r)^2 on the same noisy latents, and the cost of one value."""
+    found = {}
+    for r in reported(f"04_{reward}"):
+        if "value_mse_shared" in r:
+            found.setdefault((r["method"], r["sigma"]), r)
+    rows = []
+    for method in dict.fromkeys(m for m, _ in found):
+        errors = [f"{found[method, s]['value_mse_shared']:.4f}" for s in SIGMAS]
+        work = found[method, 0.5]["gflop_per_value"]
+        rows.append([method, *errors, f"{work:.2f}" if work else ""])
+    return markdown(["sigma", *SIGMAS, "GFLOP a value"], rows)
+
+
+def calibration():
+    """Slope of r regressed on V, 1 for a conditional mean."""
+    rows = []
+    for reward, (benchmark, metric) in METRIC.items():
+        found = {
+            (r["method"], r["sigma"]): r
+            for r in reported(f"04_{reward}")
+            if (r["benchmark"], r["metric"]) == (benchmark, metric)
+        }
+        for method in ("stitchvm", "vae-stitch", "noisyclip", "tweedie"):
+            if (method, 0.1) in found:
+                slopes = [f"{found[method, s]['slope']:.2f}" for s in SIGMAS]
+                rows.append([reward, method, *slopes])
+    return markdown(["reward", "method", *SIGMAS], rows)
+
+
+def selection():
+    head = ["", *(f"R@1 {s}" for s in SIGMAS), *(f"error {s}" for s in SIGMAS)]
+    rows = []
+    for r in read("selection"):
+        shares = [f"{100 * r[f'value {s}']:.1f}" for s in SIGMAS]
+        rows.append([r["variant"], *shares, *(f"{r[f'value_mse {s}']:.4f}" for s in SIGMAS)])
+    return markdown(head, rows)
+
+
+# ---------------------------------------------------------------------------- 05 and 06
+def guided(names):
+    head = ["reward", "method", "c", "steps", "reward", "judge", "geneval", "work", "MB kept"]
+    rows = []
+    for name in names:
+        plain = next(r for r in reported(name) if r["method"] == "flow")["gflop_per_sample"]
+        for r in reported(name):
+            both = (r["strength"], r.get("strength_tweedie"))
+            strengths = ", ".join(f"{c:g}" for c in both if c)
+            scores = [measured(r, k) for k in ("reward", "judge", "geneval")]
+            cost = [f"{r['gflop_per_sample'] / plain:.1f}", f"{r['peak_memory_mb']:.1f}"]
+            rows.append([name[3:], r["method"], strengths, r["steps"], *scores, *cost])
+    return markdown(head, rows)
+
+
+def scaling():
+    """Reward and GFLOP a prompt of each method at each N (Fig. 3)."""
+    found = {(r["curve"], r["n_particles"]): r for r in reported("06_scaling")}
+    sizes = sorted({n for _, n in found})
+    rows = []
+    for curve in dict.fromkeys(c for c, _ in found):
+        cells = []
+        for n in sizes:
+            r = found.get((curve, n))
+            cells.append(f"{measured(r, 'reward')} ({r['gflop_per_prompt']:.0f})" if r else "")
+        rows.append([curve, *cells])
+    return markdown(["reward (GFLOP a prompt)", *(f"N = {n}" for n in sizes)], rows)
+
+
+def steered(names, keys):
+    """A row for each run of 06: the keys, the reward and what did not guide."""
+    rows = []
+    for name in names:
+        for r in reported(name):
+            shown = ["" if r.get(k) is None else r[k] for k in keys]
+            scores = [measured(r, k) for k in ("reward", "judge", "geneval")]
+            rows.append([name[3:], *shown, r["n"], *scores])
+    return markdown(["", *keys, "n", "reward", "judge", "geneval"], rows)
+
+
+# ---------------------------------------------------------------------------- 07 and 08
+def first_reached(rows, goal):
+    """The work, linear between evaluation points, at which the reward first is goal, or None."""
+    if rows[0]["reward"] >= goal:
+        return rows[0]["gflop"]
+    for a, b in zip(rows, rows[1:], strict=False):
+        if b["reward"] >= goal > a["reward"]:
+            share = (goal - a["reward"]) / (b["reward"] - a["reward"])
+            return a["gflop"] + share * (b["gflop"] - a["gflop"])
+    return None
+
+
+def work_saved(rows):
+    """{method with a value model: share of its baseline's work}, at the baseline's last reward.
+
+    Both are first crossings, curves being noisy. None: not reached; 0: the baseline ends no higher
+    than the base model.
+    """
+    runs, saved = {}, {}
+    for r in rows:
+        runs.setdefault(r["method"], []).append(r)
+    for method, run in runs.items():
+        baseline = method.removesuffix("+stitchvm")
+        if baseline != method and baseline in runs:
+            goal = runs[baseline][-1]["reward"]
+            own, theirs = first_reached(run, goal), first_reached(runs[baseline], goal)
+            saved[method] = own if own is None else own / theirs if theirs else 0.0
+    return saved
+
+
+def finetuned():
+    """07 and 08 at equal work: means over the seeds."""
+    head = ["", "method", "seeds", "reward", "gain", "judge", "geneval", "GFLOP"]
+    rows = []
+    for stage in ("07", "08"):
+        tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{stage}_seed?.json"))]
+        base = [t[0] for t in tables]
+        for method in ["base", *dict.fromkeys(r["method"] for r in tables[0])]:
+            last = [[r for r in t if r["method"] == method][-1:] for t in tables]
+            last = base if method == "base" else [r for found in last for r in found]
+            gain = [a["reward"] - b["reward"] for a, b in zip(last, base, strict=True)]
+            means = [mean_of([r[k] for r in last]) for k in ("reward", "judge", "geneval")]
+            means.insert(1, "" if method == "base" else mean_of(gain))
+            shares = [work_saved(t).get(method, "") for t in tables]
+            reached = [
+                "not reached" if s is None else f"{s:.0%}" if s != "" else "" for s in shares
+            ]
+            work = f"{statistics.mean(r['gflop'] for r in last):,.0f}"
+            rows.append([stage, method, len(last), *means, work, ", ".join(filter(None, reached))])
+    return markdown([*head, "the baseline's last reward after"], rows)
+
+
+def windows():
+    rows = []
+    names = [f.stem for f in RESULTS.glob("08_stop*.json")]
+    for name in sorted(names, key=lambda n: [int(x) for x in n[7:].split("-")]):
+        last = reported(name)[-1]
+        scores = [measured(last, k) for k in ("reward", "gain", "judge", "geneval")]
+        rows.append(
+            [name[7:].replace("-", " to "), *scores, last["update"], f"{last['gflop']:,.0f}"]
+        )
+    head = ["stops after", "reward", "gain", "judge", "geneval", "updates", "GFLOP"]
+    return markdown(head, rows)
+
+
+def other_methods():
+    last = {r["method"]: r for r in reported("07_methods")}
+    rows = [["base", *(measured(reported("07_methods")[0], k) for k in ("reward", "judge"))]]
+    rows += [[m, *(measured(r, k) for k in ("reward", "judge"))] for m, r in last.items()]
+    return markdown(["method", "reward", "judge"], rows)
+
+
+def gradients():
+    head = ["", "stopped at sigma", "correlation of V and r", "signal to noise of a TFLOP"]
+    rows = []
+    for r in reported("gradient"):
+        shown = [f"{r['sigma']:.2f}", f"{r['correlation']:.2f}", measured(r, "snr_per_tflop")]
+        rows.append([r["method"], *shown, r["best_times"], f"{r['cosine']:.2f}"])
+    return markdown([*head, "noise levels of an image", "cosine with nft's"], rows)
+
+
+# ---------------------------------------------------------------------------- published size
+def pairs():
+    """What the dry runs count for each of the twelve pairs at 1024 px."""
+    found, rows = read("counts"), []
+    for backbone in ("sd3.5-medium", "sd3.5-large", "flux"):
+        for reward in METRIC:
+            flags = f"--backbone {backbone} --reward {reward}"
+            build = found[f"03_finetune.py {flags}"]["stitchvm, i = 4"]
+            step = found[f"05_dps.py {flags}"]
+            value = step.get("stitchvm, i = 4, shared", step["stitchvm, i = 4"])
+            work = [f"{step[m]['tflop']:.1f}" for m in ("flow", "tweedie")]
+            work.append(f"{value['tflop']:.1f}")
+            cards = f"{step['tweedie']['fits']}, {value['fits']}"
+            hours = f"{build['hours']:.1f} h, {build['fits']}"
+            rows.append([backbone, reward, hours, ", ".join(work), cards])
+    step = "a step of 05, TFLOP: plain, standard DPS, value"
+    return markdown(["backbone", "reward", "finetuning a value (03)", step, "its cards"], rows)
+
+
+def beside_the_paper():
+    """What the paper measured on its GPUs beside what the dry runs count."""
+    found, rows = read("counts"), []
+    measured_there = {
+        ("sd3.5-medium", "hpsv2"): "3.20x, 56.4 -> 26.0 GB",
+        ("sd3.5-medium", "clip"): "3.58x",
+        ("sd3.5-large", "hpsv2"): "2.33x, 89.3 -> 43.2 GB",
+        ("sd3.5-large", "clip"): "2.29x",
+    }
+    for (backbone, reward), paper in measured_there.items():
+        cases = found[f"05_dps.py --backbone {backbone} --reward {reward}"]
+        cut = {m: cases["tweedie"]["tflop"] / c["tflop"] for m, c in cases.items()}
+        shared = [f"{cut[f'stitchvm, i = {i}, shared']:.2f}x at i = {i}" for i in (4, 12)]
+        kept = [cases[m]["saved_gib"] for m in ("tweedie", "stitchvm, i = 4")]
+        memory = f"kept for backward {kept[0]:.1f} -> {kept[1]:.1f} GiB"
+        counted = f"{', '.join(shared)}; {memory}"
+        rows.append([f"less work of a step of DPS, {backbone}, {reward}", paper, counted])
+    steering = next(c for name, c in found.items() if name.startswith("06_fks.py"))
+    saved = [
+        f"{1 - c['tflop'] / steering['fks N=14']['tflop']:.0%} less{name.partition(',')[2]}"
+        for name, c in steering.items()
+        if name.startswith("fks+stitchvm")
+    ]
+    what = "FKS, flux, hpsv2: N = 8, M = 6 in place of N = 14"
+    rows.append([what, "33 % less", ", ".join(saved)])
+    draft = next(c for name, c in found.items() if name.startswith("07_draft.py"))
+    for k, paper in ((1, "128.1 -> 94.8 GPU-h, 1.35x"), (3, "128.0 -> 100.3 GPU-h, 1.28x")):
+        ratio = draft[f"draft-{k}"]["tflop"] / draft[f"draft-{k}+stitchvm, i = 4"]["tflop"]
+        rows.append([f"DRaFT-{k}, sd3.5-medium, 512", paper, f"{ratio:.2f}x less at i = 4"])
+    nft = next(c for name, c in found.items() if name.startswith("08_nft.py"))
+    ratios = [
+        nft["nft"]["tflop"] / nft[f"nft+stitchvm, i = 4{more}"]["tflop"]
+        for more in (", as many noise levels as nft", "")
+    ]
+    counted = f"{ratios[0]:.2f}x less by stopping early, {ratios[1]:.2f}x also training above tau"
+    rows.append(["NFT, sd3.5-medium, 512", "191.5 -> 84.7 GPU-h, 2.26x", f"{counted} only"])
+    for size, paper in ((512, "7 to 10 GPU-h"), (1024, "24 to 32 GPU-h")):
+        hours = []
+        for reward in ("clip", "hpsv2"):
+            flags = f"--backbone sd3.5-medium --reward {reward} --resolution {size}"
+            cache = found[f"01_cache_features.py {flags}"]["latents"]["hours"]
+            tune = found[f"03_finetune.py {flags}"]["stitchvm, i = 4"]["hours"]
+            hours.append(f"{cache + tune:.1f} h ({reward})")
+        counted = f"{', '.join(hours)} at 150 TFLOP/s, 100,000 images, 5 epochs"
+        rows.append([f"building a value model at {size} px", paper, counted])
+    return markdown(["at published size", "the paper measured", "the dry runs count"], rows)
+
+
+def models():
+    """tests/mini/quality.json: what train.py measured of every model of the miniature."""
+    found = json.loads((ROOT / "tests/mini/quality.json").read_text())
+
+    def cell(v):
+        if v is None or isinstance(v, int):
+            return "" if v is None else f"{v:,}"
+        return f"{v:.3f}" if v < 5 else f"{v:.1f}"
+
+    keys = dict.fromkeys(k for row in found.values() for k in row)
+    rows = [[k, *(cell(row.get(k)) for row in found.values())] for k in keys]
+    return markdown(["", *found], rows)
+
+
+# ---------------------------------------------------------------------------- the front page
+def claims_of_the_value():
+    four = {(r["method"], r["sigma"]): r for r in reversed(reported("04_clip"))}
+    clean = four["clean", 0.0]["value"]
+    share = ", ".join(f"{100 * four['stitchvm', s]['value'] / clean:.0f}" for s in (0.1, 0.5))
+    at = {m: four[m, 0.75] for m in ("stitchvm", "tweedie")}
+    error = {
+        m: f"{r['value_mse_shared']:.4f} for {r['gflop_per_value']:.2f}" for m, r in at.items()
+    }
+    chosen = read("02_clip")["chosen"]
+    keeps = "V keeps retrieval on noisy latents: share of clean Recall@1 at sigma .1 and .5"
+    beats = "at high noise V beats one-step estimates for less: (V - r)², GFLOP at sigma .75"
+    stitch = "the best stitch leaves an early block and enters the first: (i, j)"
+    errors = f"{error['stitchvm']}; Tweedie {error['tweedie']}"
+    return [
+        [keeps, "98, 91 %", "", f"{share} % (clip)", "partly", "04_eval_noisy.py"],
+        [beats, "argued", "", errors, "yes", "04_eval_noisy.py"],
+        [stitch, "(4, 1)", "", f"({chosen['i']}, {chosen['j']})", "yes", "02_fit_stitch.py"],
+    ]
+
+
+def claims_of_sampling():
+    five = {r["method"]: r for r in reported("05_clip")}
+    step = read("counts")["05_dps.py --backbone sd3.5-medium --reward hpsv2"]
+    counted = step["tweedie"]["tflop"] / step["stitchvm, i = 4, shared"]["tflop"]
+    here = five["tweedie"]["gflop_per_sample"] / five["stitchvm"]["gflop_per_sample"]
+    equal = next(m for m in five if m.startswith("tweedie, equal"))
+    scores = "; ".join(measured(five[m], "reward") for m in ("stitchvm", "tweedie", equal))
+    six = {(r["curve"], r["n_particles"]): r for r in reported("06_scaling")}
+    many, few = six["fks", 14], six["fks+stitchvm M=6", 8]
+    flux = next(c for n, c in read("counts").items() if n.startswith("06_fks.py"))
+    saved = 1 - flux["fks+stitchvm M=6 N=8, i = 4"]["tflop"] / flux["fks N=14"]["tflop"]
+    less = f"{1 - few['gflop_per_prompt'] / many['gflop_per_prompt']:.0%} less"
+    less = f"{less}: {measured(few, 'reward')}, {measured(many, 'reward')}"
+    tables = [reported(f"06_large-by-{name}") for name in ("medium", "large")]
+    by = [next(r for r in t if r["method"] == "fks+stitchvm") for t in tables]
+    steered_by = f"{measured(by[0], 'reward')}; by its own {measured(by[1], 'reward')}"
+    cheaper = "a step guided by V costs less than one of standard DPS"
+    higher = f"and the reward is higher: V; standard DPS at equal steps; {equal.split(', ')[1]}"
+    steers = "FKS with proposals, N = 8 and M = 6, matches N = 14 without, for less work"
+    medium = "a Medium value steers Large as well as Large's own does"
+    best = "partly: best of N is ahead of both"
+    return [
+        [cheaper, "3.2x", f"{counted:.1f}x", f"{here:.1f}x", "yes", "05_dps.py"],
+        [higher, ".348; .335", "", scores, "not at equal steps", "study.py dps"],
+        [steers, "33 %", f"{saved:.0%} (FLUX)", less, best, "study.py fks"],
+        [medium, "little loss", "", steered_by, "yes", "study.py fks"],
+    ]
+
+
+def claims_of_finetuning():
+    draft = next(c for n, c in read("counts").items() if n.startswith("07_draft.py"))
+    nft = next(c for n, c in read("counts").items() if n.startswith("08_nft.py"))
+    ratio = draft["draft-3"]["tflop"] / draft["draft-3+stitchvm, i = 4"]["tflop"]
+    ratio_nft = nft["nft"]["tflop"] / nft["nft+stitchvm, i = 4"]["tflop"]
+    gains = [
+        f"{gain_over_seeds(f'{m}+stitchvm')}; {gain_over_seeds(m)}" for m in ("draft-3", "nft")
+    ]
+    stop = [measured(reported(f"08_stop{n}")[-1], "gain") for n in ("2-12", "12-17")]
+    stops = f"2..12: {stop[0]}; 12..17: {stop[1]}"
+    early = "early stops at V save work: {} GPU-hours; gain at equal work with V, without"
+    worst = "08 is worst if it stops at 2..12 of 25 (Fig. 7): gain"
+    by_one = "by one error"
+    return [
+        [early.format("DRaFT-3,"), "1.28x", f"{ratio:.2f}x", gains[0], "yes", "study.py draft"],
+        [
+            early.format("DiffusionNFT,"),
+            "2.26x",
+            f"{ratio_nft:.2f}x",
+            gains[1],
+            "no",
+            "study.py nft",
+        ],
+        [worst, "lowest", "", stops, by_one, "study.py nft"],
+    ]
+
+
+def claims():
+    """README's table: a row a claim of the paper, beside what is counted and measured here."""
+    rows = [*claims_of_the_value(), *claims_of_sampling(), *claims_of_finetuning()]
+    head = ["claim", "paper", "counted at full size", "miniature", "reproduced", "command"]
+    return markdown(head, [[*row[:-1], f"`{row[-1]}`"] for row in rows])
+
+
+def gain_over_seeds(method):
+    """Mean and error over the seeds of the reward's rise at the end of training."""
+    stage = "07" if method.startswith("draft") else "08"
+    tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{stage}_seed?.json"))]
+    last = [[r for r in t if r["method"] == method][-1] for t in tables]
+    return mean_of([r["reward"] - t[0]["reward"] for r, t in zip(last, tables, strict=True)])
+
+
+# ---------------------------------------------------------------------------- pages
+def results():
+    """docs/results.md: by stage, each table below one line that says what it shows."""
+    same = "(V - r)^2 on the same noisy latents, and the work of one value"
+    paper = "beside the paper's Table 5 (CLIP, SD 3.5 Medium, MSCOCO)"
+    large = ["06_large-by-large", "06_large-by-medium"]
+    parts = [
+        ("# Results",),
+        ("Written by `study.py readme` from [results/](results), which have every flag and seed.",),
+        ("## 04: quality of a value",),
+        ("![Retrieval and error of clip's value](figures/front.png)",),
+        (f"Image to text Recall@1 in per cent, clip, 500 scenes, {paper}.", against_the_paper()),
+        ("Every pair at five noise levels.", every_pair()),
+        *((f"{reward}: {same}.", value_errors(reward)) for reward in METRIC),
+        ("Calibration: slope of r regressed on V, 1 for a conditional mean.", calibration()),
+        (
+            "Choices of 03, clip, tuning split: 1,000 steps of 32 unless a row says more.",
+            selection(),
+        ),
+        ("## 05: guidance",),
+        (
+            "Strengths c chosen on 32 tuning prompts among 5 to 80, 100 report prompts, 40 steps, "
+            "CFG 4.5; work is a multiple of plain sampling's.",
+            guided([f"05_{reward}" for reward in METRIC]),
+        ),
+        ("Guided above or below sigma .5 only.", guided(["05_clip-above", "05_clip-below"])),
+        ("![Images of 05](figures/05_grid.png)",),
+        ("## 06: particles",),
+        ("Reward of the best particle against N: clip, 100 prompts, lambda 1.", scaling()),
+        ("![Reward against work](figures/06_scaling.png)",),
+        (
+            "sd3.5-large steered by its own value and by sd3.5-medium's (Table 6).",
+            steered(large, ["curve", "n_particles"]),
+        ),
+        (
+            "lambda in units of the reward's spread, on tuning prompts.",
+            steered(["06_lam"], ["curve", "lambda"]),
+        ),
+        (
+            "Proposals by argmax (Algorithm 1) or corrected; the best particle or the mean.",
+            steered(["06_proposals"], ["curve", "lambda", "proposal", "report"]),
+        ),
+        ("![Images of 06](figures/06_grid.png)",),
+        ("## 07 and 08: finetuning",),
+        (
+            "Held-out prompts, no guidance; three seeds at equal work, errors over them.",
+            finetuned(),
+        ),
+        ("![Curves of 07](figures/07_seeds.png)",),
+        ("![Curves of 08](figures/08_seeds.png)",),
+        ("07's other methods, even grid, seed 0, 4,000 GFLOP.", other_methods()),
+        ("Where 08's rollouts stop, of 25 steps (Fig. 7): seed 0, 7,000 GFLOP.", windows()),
+        ("How much of 08's gradient is signal (`tests/studies/gradient.py`).", gradients()),
+        ("![Images of 07](figures/07_grid.png)",),
+        ("![Images of 08](figures/08_grid.png)",),
+    ]
+    lines = []
+    for text, *table in parts:
+        lines += [text, "", *[line for t in table for line in [*t, ""]]]
+    return "\n".join(lines)
+
+
+MARKED = {
+    "README.md": {"claims": claims},
+    "docs/published.md": {"pairs": pairs, "counts": beside_the_paper},
+    "tests/mini/README.md": {"quality": models},
+}
+
+
+def with_tables(text, tables):
+    """A page with the text between its markers replaced."""
+    for name, table in tables.items():
+        start = text.index(f"<!-- {name} -->") + len(f"<!-- {name} -->")
+        end = text.index(f"<!-- /{name} -->")
+        text = text[:start] + "\n" + "\n".join(table()) + "\n" + text[end:]
+    return text
+
+
+def pages():
+    """{path: text} of every page as it follows from the JSON."""
+    found = {"docs/results.md": results()}
+    for path, tables in MARKED.items():
+        found[path] = with_tables((ROOT / path).read_text(), tables)
+    return found
+
+
+def write_all():
+    sys.path.insert(0, str(ROOT))
+    import figures
+
+    for path, text in pages().items():
+        (ROOT / path).write_text(text)
+    figures.draw_all()

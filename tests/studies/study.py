@@ -1,0 +1,323 @@
+"""The measurements behind docs/results.md: stages run, compared and chosen among.
+
+Run     python tests/studies/study.py selection      choices of 03, on the tuning split only
+        python tests/studies/study.py table          01 to 04 with both baselines, of every pair
+        python tests/studies/study.py dps            05: strengths chosen on tuning prompts
+        python tests/studies/study.py fks            06: N and M, lambda, proposals, Large
+        python tests/studies/study.py draft          07: three seeds at equal work, other methods
+        python tests/studies/study.py nft            08: three seeds at equal work, stop windows
+        python tests/studies/study.py counts         dry runs beside the paper's measurements
+        python tests/studies/study.py readme         every table and figure of the pages
+Writes  docs/results/*.json; readme: docs/results.md, docs/figures/ and the tables in README.md,
+        docs/published.md and tests/mini/README.md
+Processes of one thread run side by side, as many as --jobs says; runs stay in runs/study/.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs/results"
+STUDY = ROOT / "runs/study"
+TUNE = "tests/mini/data/tune"
+BACKBONES = ("sd3.5-medium", "sd3.5-large", "flux")
+REWARDS = ("clip", "hpsv2", "aesthetic", "dfn-clip")
+STRENGTHS = (5, 10, 20, 40, 80)
+# short trainings of 03: each differs from the first in what is named
+SHORT = ("--steps", 1000, "--batch", 32, "--lr", "1e-3", "--sigma-law", "logit-normal")
+VARIANTS = {
+    "base": (),
+    "uniform": ("--sigma-law", "uniform"),
+    "ema .99": ("--ema", "0.99"),
+    "unit": ("--embedding", "unit"),
+    "lr 5e-4": ("--lr", "5e-4"),
+    "lr 2e-3": ("--lr", "2e-3"),
+    "uniform, lr 2e-3": ("--sigma-law", "uniform", "--lr", "2e-3"),
+    "lam_tok .1": ("--lam-tok", "0.1"),
+    "batch 64, half the steps": ("--batch", "64", "--steps", 500),
+    "twice the steps": ("--steps", 2000),
+}
+
+
+def run(script, *flags):
+    """Run a script with these flags in one thread; its standard output."""
+    command = [sys.executable, script, *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = "done" if done.returncode == 0 else done.stderr[-2000:]
+    print(f"{script} {' '.join(map(str, flags))}: {result}", flush=True)
+    done.check_returncode()
+    return done.stdout
+
+
+def side_by_side(function, arguments, jobs):
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(function, arguments))
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def write(name, table):
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(table, indent=1))
+
+
+def value_of(reward, backbone="sd3.5-medium"):
+    return ("--reward", reward, "--value", f"runs/mini/{backbone}_{reward}/value.pt")
+
+
+# ---------------------------------------------------------------------------- 01 to 04
+def selection(jobs):
+    """Every variant of 03, from one cache, judged on the tuning split."""
+    out = STUDY / "selection"
+    run("01_cache_features.py", "--out", out)
+    run("02_fit_stitch.py", "--out", out)
+
+    def train(name):
+        value = out / f"{name.replace(' ', '_')}.pt"
+        folder = out / value.stem
+        run("03_finetune.py", "--out", out, *SHORT, *VARIANTS[name], "--value", value)
+        flags = ("--value", value, "--methods", "stitchvm", "--benchmarks", f"{TUNE}/coco.jsonl")
+        folder.mkdir(exist_ok=True)
+        run("04_eval_noisy.py", "--out", folder, *flags)
+        found = {"variant": name}
+        for r in read(folder / "04_eval_noisy.json")["rows"]:
+            if r["method"] == "stitchvm" and r["metric"] == "recall@1_i2t":
+                found |= {f"{k} {r['sigma']}": r[k] for k in ("value", "value_mse", "slope")}
+        return found
+
+    write("selection", side_by_side(train, VARIANTS, jobs))
+
+
+def table(jobs, backbones, rewards):
+    """01 to 04 with both baselines for each pair, and a Medium value on Large's latents."""
+
+    def one(pair):
+        backbone, reward = pair
+        is_main = backbone == "sd3.5-medium"
+        flags = ("--backbone", backbone, "--reward", reward)
+        for script in ("01_cache_features.py", "02_fit_stitch.py", "03_finetune.py"):
+            run(script, *flags)
+        if backbone != "sd3.5-large":  # its VAE is Medium's, and so is its VAE stitch
+            run("03_finetune.py", *flags, "--front", "vae")
+        if is_main and reward != "aesthetic":
+            run("tests/studies/noisyclip.py", *flags)
+        run(
+            "04_eval_noisy.py",
+            *flags,
+            *(() if is_main else ("--methods", "stitchvm", "vae-stitch")),
+        )
+        name = reward if is_main else f"{backbone}_{reward}"
+        for stage in ("02_fit_stitch", "04_eval_noisy"):
+            write(f"{stage[:2]}_{name}", read(ROOT / f"runs/mini/{backbone}_{reward}/{stage}.json"))
+
+    side_by_side(one, product(backbones, rewards), jobs)
+    for reward in rewards if {"sd3.5-medium", "sd3.5-large"} <= set(backbones) else ():
+        out = STUDY / f"medium-on-large_{reward}"
+        flags = ("--backbone", "sd3.5-large", "--out", out, "--methods", "stitchvm")
+        run("04_eval_noisy.py", *value_of(reward), *flags)
+        write(f"04_medium-on-large_{reward}", read(out / "04_eval_noisy.json"))
+
+
+# ---------------------------------------------------------------------------- 05
+def choose_strength(swept, plain, guiding, tolerance=2.0):
+    """The strength with the highest mean reward among those that do no visible harm.
+
+    swept {c: {metric: [of each prompt]}}, plain {metric: […]} on the same prompts and noises.
+    Harm: a metric that does not guide is below plain sampling's by more than `tolerance` standard
+    errors of the paired difference. Two and not one, for of four metrics one error would turn
+    away every second strength that does none. If all do harm: the smallest strength.
+    """
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    def harmless(scores):
+        for name in set(plain) - {"reward"} - set(guiding):
+            gaps = [a - b for a, b in zip(scores[name], plain[name], strict=True)]
+            variance = sum((g - mean(gaps)) ** 2 for g in gaps) / (len(gaps) - 1)
+            if mean(gaps) < -tolerance * (variance / len(gaps)) ** 0.5:
+                return False
+        return True
+
+    allowed = [c for c in swept if harmless(swept[c])]
+    return max(allowed, key=lambda c: mean(swept[c]["reward"])) if allowed else min(swept)
+
+
+def chosen_strengths(found, reward):
+    """{method: c} by the rule, of a table of 05 on tuning prompts with a row for each strength."""
+    pairs = list(zip(found["rows"], found["scores_of_prompts"], strict=True))
+    plain = next(scores for row, scores in pairs if row["method"] == "flow")
+    chosen = {}
+    for method in dict.fromkeys(row["method"] for row, _ in pairs if row["method"] != "flow"):
+        swept = {row["strength"]: scores for row, scores in pairs if row["method"] == method}
+        chosen[method] = choose_strength(swept, plain, reward.split("+"))
+    return chosen
+
+
+def fewer_steps(rows):
+    """The steps of tweedie that take the work of stitchvm, counted on the same latents.
+
+    Decoding counts in both, which rounds up, in the baseline's favour.
+    """
+    work = {r["method"]: r["gflop_per_sample"] for r in rows}
+    steps = next(r["steps"] for r in rows if r["method"] == "tweedie")
+    return max(2, round(steps * work["stitchvm"] / work["tweedie"]))
+
+
+def guided(name, reward, *window):
+    """Strengths swept on tuning prompts, the chosen ones on report prompts; so for equal work."""
+
+    def sample(part, *flags):
+        out = STUDY / name / part
+        run("05_dps.py", *value_of(reward), "--out", out, *window, *flags)
+        return read(out / "05_dps.json")
+
+    def sweep(part, *flags):
+        prompts = ("--prompts", f"{TUNE}/drawbench.txt", "--limit", 32)
+        found = sample(part, *prompts, *flags)
+        return found, chosen_strengths(found, reward)
+
+    strengths = [x for m in ("tweedie", "stitchvm") for x in (f"--strengths-{m}", *STRENGTHS)]
+    tuned, chosen = sweep("tune", "--methods", "flow", "tweedie", "stitchvm", *strengths)
+    steps = ("--steps", fewer_steps(tuned["rows"]))
+    again, chosen_again = sweep("tune_equal", "--methods", "flow", "tweedie", *strengths, *steps)
+    report = ("--limit", 100, "--save-images")
+    best = [x for m, c in chosen.items() for x in (f"--strengths-{m}", c)]
+    found = sample("report", *report, *best)
+    equal = ("--methods", "tweedie", "--strengths-tweedie", chosen_again["tweedie"], *steps)
+    fewer = sample("report_equal", *report, *equal)
+    for part in ("report", "report_equal"):
+        path = STUDY / name / part / "05_dps.json"
+        run("tests/published/score.py", path, "--scorers", "geneval")
+    found, fewer = (read(STUDY / name / p / "05_dps.json") for p in ("report", "report_equal"))
+    for row in fewer["rows"]:
+        row["method"] = "tweedie, equal work"
+    rows = [r | dict(split="tune") for t in (tuned, again) for r in t["rows"]]
+    rows += [r | dict(split="report") for t in (found, fewer) for r in t["rows"]]
+    write(name, found | dict(rows=rows, chosen=chosen, chosen_equal_work=chosen_again))
+
+
+def dps(jobs, rewards):
+    windows = (("above", "--guide-to"), ("below", "--guide-from"))
+    tasks = [(f"05_{r}", r) for r in rewards]
+    tasks += [(f"05_{rewards[0]}-{name}", rewards[0], flag, 0.5) for name, flag in windows]
+    side_by_side(lambda task: guided(*task), tasks, jobs)
+
+
+# ---------------------------------------------------------------------------- 06 to 08
+def comparisons(stage):
+    """{name of its results: (script, flags)} of 06, 07 or 08."""
+    clip, methods = value_of("clip"), ("--methods", "bon", "fks", "fks+stitchvm")
+    small = ("--potential-value", "stitchvm", "--limit", 64, "--m", 4)
+    if stage == "fks":
+        sizes = ("--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6)
+        proposals = ("--proposal", "argmax", "corrected", "--report", "best", "mean")
+        large, own = ("--backbone", "sd3.5-large", *small), value_of("clip", "sd3.5-large")
+        tune, hundred = ("--prompts", f"{TUNE}/drawbench.txt"), ("--limit", 100)
+        without = ("--methods", "bon", "fks+stitchvm")
+        flags = {
+            "06_lam": (*clip, *methods, *small, *tune, "--lam", 0.5, 1, 2, 4),
+            "06_scaling": (*clip, *methods, *small, *hundred, *sizes),
+            "06_proposals": (*clip, *without, *small, *proposals, "--lam", 1, 4),
+            "06_large-by-large": (*own, *methods, *large),
+            "06_large-by-medium": (*clip, "--methods", "fks+stitchvm", *large),
+        }
+        return {name: ("06_fks.py", f) for name, f in flags.items()}
+    if stage == "draft":
+        long = (*clip, "--gflop", 4000, "--eval-limit", 100, "--eval-every", 20, "--save-images")
+        others = ("--grid", "even", "--methods", "draft-1", "alignprop", "draft-1+stitchvm")
+        flags = {f"07_seed{seed}": (*long, "--seed", seed) for seed in range(3)}
+        return {
+            n: ("07_draft.py", f) for n, f in (flags | {"07_methods": (*long, *others)}).items()
+        }
+    online = (*clip, "--eval-every", 5, "--save-images", "--gflop")
+    flags = {f"08_seed{seed}": (*online, 10000, "--seed", seed) for seed in range(3)}
+    for low, high in ((2, 12), (12, 17), (12, 25), (20, 25)):
+        stop = ("--methods", "nft+stitchvm", "--stop", low, high)
+        flags[f"08_stop{low}-{high}"] = (*online, 7000, *stop)
+    signal = (*clip, "--groups", 100, "--every", 3, "--stops", 14, 20)
+    jobs = {name: ("08_nft.py", f) for name, f in flags.items()}
+    return jobs | {"gradient": ("tests/studies/gradient.py", signal)}
+
+
+def compare(stage, jobs, only):
+    tasks = comparisons(stage)
+    if wrong := set(only or ()) - set(tasks):
+        known = ", ".join(tasks)
+        sys.exit(f"error: {stage} has no job {', '.join(sorted(wrong))}: there are {known}")
+
+    def one(name):
+        script, flags = tasks[name]
+        path = STUDY / name / f"{Path(script).stem}.json"
+        run(script, "--out", path.parent, *flags)
+        if "--save-images" in flags:
+            run("tests/published/score.py", path, "--scorers", "geneval")
+        write(name, read(path))
+
+    side_by_side(one, only or tasks, jobs)
+
+
+# ---------------------------------------------------------------------------- published size
+def dry_run(script, *flags):
+    """{method: case} of a dry run at the paper's settings."""
+    last = run(script, "--dry-run", "--preset", "paper", *flags).splitlines()[-1]
+    return {c["method"]: c for c in json.loads(last)["cases"]}
+
+
+def counts(jobs):
+    """The dry runs behind docs/published.md, as they are: {stage backbone reward: cases}."""
+    tasks = [
+        (script, "--backbone", backbone, "--reward", reward)
+        for backbone, reward in product(BACKBONES, REWARDS)
+        for script in ("03_finetune.py", "05_dps.py")
+    ]
+    sizes = ("--n", 14, "--n-stitchvm", 8, "--m", 6, "--methods", "fks", "fks+stitchvm")
+    tasks.append(("06_fks.py", "--backbone", "flux", "--reward", "hpsv2", *sizes))
+    joint = ("--backbone", "sd3.5-medium", "--reward", "dfn-clip+hpsv2")
+    methods = ("draft-1", "draft-3", "draft-1+stitchvm", "draft-3+stitchvm")
+    tasks += [("07_draft.py", *joint, "--methods", *methods), ("08_nft.py", *joint)]
+    for size, reward in product((512, 1024), ("clip", "hpsv2")):
+        flags = ("--backbone", "sd3.5-medium", "--reward", reward, "--resolution", size)
+        tasks += [(script, *flags) for script in ("01_cache_features.py", "03_finetune.py")]
+    found = side_by_side(lambda task: dry_run(*task), tasks, jobs)
+    write("counts", {" ".join(map(str, t)): c for t, c in zip(tasks, found, strict=True)})
+
+
+def main():
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = ("selection", "table", "dps", "fks", "draft", "nft", "counts", "readme")
+    p.add_argument("what", choices=known)
+    p.add_argument("--backbone", nargs="+", default=BACKBONES, choices=BACKBONES, help="of table")
+    p.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS, help="of table and dps")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="of fks, draft and nft: these jobs")
+    p.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    args = p.parse_args()
+    if args.what == "selection":
+        selection(args.jobs)
+    elif args.what == "table":
+        table(args.jobs, args.backbone, args.reward)
+    elif args.what == "dps":
+        dps(args.jobs, args.reward)
+    elif args.what == "counts":
+        counts(args.jobs)
+    elif args.what == "readme":
+        import pages
+
+        pages.write_all()
+    else:
+        compare(args.what, args.jobs, args.only)
+
+
+if __name__ == "__main__":
+    main()
