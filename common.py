@@ -78,12 +78,13 @@ def sde_step(z, u, t, t_next, noise, nu=lambda t: 3 * t * t):
     z, u, noise (B, ...); t and t_next floats; nu(t) = 0 is the ODE. No noise where t_next is 0.
     Computed in float32, returned in z's dtype.
     """
-    d, g, dtype = t - t_next, nu(t), z.dtype
-    z, u = z.float(), u.float()
-    z = z - d * u - d * 0.5 * g * g * ((1 - t) * u + z) / t
+    d = t - t_next
+    x = z.float()
+    u = u.float()
+    x = x - d * u - d * 0.5 * nu(t) * nu(t) * ((1 - t) * u + x) / t
     if t_next > 0:
-        z = z + g * d**0.5 * noise.float()
-    return z.to(dtype)
+        x = x + nu(t) * d**0.5 * noise.float()
+    return x.to(z.dtype)
 
 
 def sigma_grid(scheduler, steps, tokens):
@@ -121,13 +122,14 @@ def begin(transformer, z, sigma, text, pooled, guidance=3.5):
     The state: h image tokens, c text tokens, t time embedding, all with the batch first; i;
     `fixed`, which is the same for the whole batch. guidance is what FLUX embeds.
     """
-    B, C, H, W = z.shape
-    h, w = H // 2, W // 2
+    B, C = z.shape[:2]
+    h, w = (side // 2 for side in z.shape[2:])
+    fixed = dict(grid=(h, w), kwargs={})
+    state = dict(c=transformer.context_embedder(text), i=0, fixed=fixed)
     if not hasattr(transformer, "x_embedder"):  # SD 3
         # trap: it wants 1000 sigma, and says nothing when it gets sigma
         time = transformer.time_text_embed(sigma * 1000, pooled)
-        tokens, fixed = transformer.pos_embed(z), dict(grid=(h, w), kwargs={})
-        return dict(h=tokens, c=transformer.context_embedder(text), t=time, i=0, fixed=fixed)
+        return dict(state, h=transformer.pos_embed(z), t=time)
     packed = z.view(B, C, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, 4 * C)
     ids = torch.zeros(text.shape[1] + h * w, 3, device=z.device)
     rows, columns = (torch.arange(n, device=z.device) for n in (h, w))
@@ -136,18 +138,19 @@ def begin(transformer, z, sigma, text, pooled, guidance=3.5):
     if transformer.config.guidance_embeds:
         scales.append(guidance * 1000 + torch.zeros_like(scales[0]))
     time = transformer.time_text_embed(*scales, pooled)
-    kwargs = dict(image_rotary_emb=transformer.pos_embed(ids))
-    tokens, fixed = transformer.x_embedder(packed), dict(grid=(h, w), kwargs=kwargs)
-    return dict(h=tokens, c=transformer.context_embedder(text), t=time, i=0, fixed=fixed)
+    fixed["kwargs"] = dict(image_rotary_emb=transformer.pos_embed(ids))
+    return dict(state, h=transformer.x_embedder(packed), t=time)
 
 
 def run_blocks(transformer, state, stop=None):
     """Run blocks state.i .. stop-1, all by default. SD 3's last block gives None for the text."""
     blocks = dit_blocks(transformer)
     stop = len(blocks) if stop is None else stop
-    h, c, kwargs = state["h"], state["c"], state["fixed"]["kwargs"]
+    kwargs = dict(temb=state["t"], **state["fixed"]["kwargs"])
+    h = state["h"]
+    c = state["c"]
     for block in blocks[state["i"] : stop]:
-        c, h = block(hidden_states=h, encoder_hidden_states=c, temb=state["t"], **kwargs)
+        c, h = block(hidden_states=h, encoder_hidden_states=c, **kwargs)
     return dict(state, h=h, c=c, i=stop)
 
 
@@ -197,7 +200,8 @@ def velocity(
         texts = [v.to(dtype).expand(len(z), *v.shape[1:]) for v in texts]
         return begin(transformer, z.to(dtype), sigma, *texts, guidance)
 
-    state, guided = start(condition), cfg != 1 and null is not None
+    guided = cfg != 1 and null is not None
+    state = start(condition)
     if guided and prefix is None:
         state = state_cat([start(null), state])
     elif guided:
@@ -214,10 +218,13 @@ def velocity(
 @contextlib.contextmanager
 def needs(source):
     """Whatever goes wrong while the files of `source` are loaded becomes one sentence."""
+    logging.disable(logging.ERROR)  # libraries log what they raise, and remark on random weights
     try:
         yield
     except Exception as e:
         fail(explain(source, e))
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def explain(source, error):
@@ -251,7 +258,9 @@ class Backbone:
         import diffusers
 
         diffusers.utils.logging.disable_progress_bar()
-        self.name, self.device, self.dtype = name, torch.device(device), dtype
+        self.name = name
+        self.device = torch.device(device)
+        self.dtype = dtype
         self.source = str(model_folder(name, preset) or HUB.get(name, name))
         with needs(self.source):
             if not Path(self.source).is_dir():  # trap: diffusers would hide the hub's reason
@@ -301,11 +310,12 @@ class Backbone:
 
     def latent_space(self):
         """What two backbones must have in common to read each other's latents: the VAE."""
-        c, ends = self.vae.config, (self.vae.encoder.conv_in, self.vae.decoder.conv_out)
+        ends = (self.vae.encoder.conv_in, self.vae.decoder.conv_out)
         weights = torch.cat([m.weight.flatten() for m in ends]).bfloat16().cpu()
         digest = hashlib.sha1(weights.view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
-        scale, shift = c.scaling_factor, c.shift_factor
-        return f"{c.latent_channels} channels, scale {scale:.4f}, shift {shift:.4f}, vae {digest}"
+        c = self.vae.config
+        scaling = f"scale {c.scaling_factor:.4f}, shift {c.shift_factor:.4f}"
+        return f"{c.latent_channels} channels, {scaling}, vae {digest}"
 
     def encode(self, x):
         """Images -> latents: posterior mean, shifted and scaled."""
@@ -403,8 +413,10 @@ class Reward:
         if self.resizes_tensors:
             looks = {"resize_mode": "longest"}
         place = folder or tag.get("hf_hub", "").strip("/") or pretrained[0]
-        self.name, self.device, self.head = name, torch.device(device), None
-        with needs(str(place)), quiet_open_clip():
+        self.name = name
+        self.device = torch.device(device)
+        self.head = None
+        with needs(str(place)):
             if weights and self.resizes_tensors:
                 from huggingface_hub import hf_hub_download
 
@@ -447,7 +459,9 @@ class Reward:
         """Images of any size -> (B, 3, s, s) in [0, 1], as `transform` does it; differentiable."""
         from open_clip.transform import center_crop_or_pad
 
-        s, (H, W), cfg = self.size, x.shape[-2:], self.preprocess_cfg
+        H, W = x.shape[-2:]
+        s = self.size
+        cfg = self.preprocess_cfg
         if cfg.resize_mode == "squash":
             size = (s, s)
         elif cfg.resize_mode == "shortest":  # the roundings are torchvision's
@@ -486,16 +500,6 @@ class Reward:
     def score(self, e, text=None):
         """Scores (B,) of unit or mean embeddings e (B, E), with text (B, E) or (E,)."""
         return (e * text).sum(-1) if self.head is None else self.head(e)[..., 0]
-
-
-@contextlib.contextmanager
-def quiet_open_clip():
-    """Without its remarks that weights are random or missing: that is meant, or said by us."""
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def published_head():
@@ -560,9 +564,11 @@ class Stitch(nn.Module):
         super().__init__()
         d_out, d_in = W.shape
         narrow = max(d_out // 8, 1)
-        self.grid, self.antialias = tuple(grid), antialias
+        self.grid = tuple(grid)
+        self.antialias = antialias
         self.F = nn.Conv2d(d_in, d_out, 1)
-        down, up = nn.Conv2d(d_out, narrow, 1), nn.Conv2d(narrow, d_out, 1)
+        down = nn.Conv2d(d_out, narrow, 1)
+        up = nn.Conv2d(narrow, d_out, 1)
         self.G = nn.Sequential(nn.SiLU(), down, nn.SiLU(), up)
         with torch.no_grad():
             self.F.weight.copy_(W[:, :, None, None])
@@ -597,10 +603,15 @@ class StitchedValue(nn.Module):
     ):
         super().__init__()
         # shared and frozen: not a submodule, so neither saved nor trained
-        self.__dict__["transformer"], self.__dict__["score"] = transformer, reward.score
-        self.null, self.i, self.j, self.front = null, i, j, front
-        self.embedding, self.norm = embedding, float(norm)
-        self.stitch, self.visual = stitch, copy.deepcopy(reward.visual).requires_grad_(False)
+        self.__dict__.update(transformer=transformer, score=reward.score)
+        self.null = null
+        self.i = i
+        self.j = j
+        self.front = front
+        self.embedding = embedding
+        self.norm = float(norm)
+        self.stitch = stitch
+        self.visual = copy.deepcopy(reward.visual).requires_grad_(False)
         self.cls = None if cls is None else nn.Parameter(cls.clone())  # [D3] of j > 1
         v = self.visual
         used = [*v.transformer.resblocks[j - 1 :].parameters(), *v.ln_post.parameters(), v.proj]
@@ -651,7 +662,8 @@ class StitchedValue(nn.Module):
 def joint_value(values, z, sigma, texts):
     """The sum (B,) of several values at z (B, C, h, w), sigma (B,), each with its texts (B, E);
     and {id of a transformer: the state after its largest i}, which values on it share."""
-    total, states = 0, {}
+    total = 0
+    states = {}
     for v, text in sorted(zip(values, texts, strict=True), key=lambda pair: pair[0].i):
         features, state = v.features(z, sigma, states.get(id(v.transformer)))
         total = total + v.score(v.head(features)[0], text)
@@ -695,13 +707,15 @@ def load_value(path, backbone, reward, **expect):
     """
     expect = dict(latent_space=backbone.latent_space(), reward=reward.name, **expect)
     artifact = load_artifact(path, expect, "03_finetune.py")
-    spec, data, front = artifact["spec"], artifact["data"], backbone
+    spec = artifact["spec"]
+    data = artifact["data"]
+    front = backbone
     if spec["backbone"] != backbone.name and spec["front"] == "dit":
         preset = artifact["config"]["preset"]
         front = Backbone(spec["backbone"], preset, backbone.device, backbone.dtype)
     state = data["state"]
-    W, bias = state["stitch.F.weight"][:, :, 0, 0], state["stitch.F.bias"]
-    stitch = Stitch(W, bias, spec["reward_grid"], spec["antialias"])
+    linear = state["stitch.F.weight"][:, :, 0, 0], state["stitch.F.bias"]
+    stitch = Stitch(*linear, spec["reward_grid"], spec["antialias"])
     null = [v.to(backbone.device) for v in data["null"]]
     how = {k: spec[k] for k in ("i", "j", "front", "embedding")}
     how |= dict(cls=state.get("cls"), norm=data["norm"])
@@ -713,7 +727,8 @@ def load_value(path, backbone, reward, **expect):
 
 def load_values(files, backbone, rewards, resolution):
     """The value and the artefact of each reward; values on one backbone get one transformer."""
-    pairs, shared = [], {}
+    pairs = []
+    shared = {}
     for file, reward in zip(files, rewards, strict=True):
         value, artifact = load_value(file, backbone, reward, resolution=resolution)
         name = artifact["spec"]["backbone"]
@@ -763,7 +778,8 @@ def score_images(names, rewards, preset, device, images, prompts, batch=64):
             parts.append(clean_reward(scorers, own, x).cpu())
         return torch.cat(parts)
 
-    scores, loaded = {"reward": score(rewards)}, {r.name: r for r in rewards}
+    scores = {"reward": score(rewards)}
+    loaded = {r.name: r for r in rewards}
     for name in names:
         if len(rewards) == 1 and name in loaded:
             continue  # it is the reward
@@ -778,7 +794,8 @@ def mean_and_error(scores):
     """{name: mean, name_se: its standard error} of {name: (N,)}: the metric keys of a row."""
     row = {}
     for name, x in scores.items():
-        row[name], row[f"{name}_se"] = float(x.mean()), float(x.std() / len(x) ** 0.5)
+        row[name] = float(x.mean())
+        row[f"{name}_se"] = float(x.std() / len(x) ** 0.5)
     return row
 
 
@@ -855,7 +872,8 @@ def load_artifact(path, expect, maker):
         fail(f"{path} does not exist; make it with: {remake}")
     try:
         artifact = torch.load(path, weights_only=True, mmap=True)
-        spec, made_by = artifact["spec"], artifact["provenance"]["command"]
+        spec = artifact["spec"]
+        made_by = artifact["provenance"]["command"]
     except Exception as e:
         fail(f"{path} cannot be read ({type(e).__name__}); remake it with: {remake}")
     if artifact["format"] != FORMAT:

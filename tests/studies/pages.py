@@ -197,14 +197,16 @@ def work_saved(rows):
     Both are first crossings, curves being noisy. None: not reached; 0: the baseline ends no higher
     than the base model.
     """
-    runs, saved = {}, {}
+    runs = {}
+    saved = {}
     for r in rows:
         runs.setdefault(r["method"], []).append(r)
     for method, run in runs.items():
         baseline = method.removesuffix("+stitchvm")
         if baseline != method and baseline in runs:
             goal = runs[baseline][-1]["reward"]
-            own, theirs = first_reached(run, goal), first_reached(runs[baseline], goal)
+            own = first_reached(run, goal)
+            theirs = first_reached(runs[baseline], goal)
             saved[method] = own if own is None else own / theirs if theirs else 0.0
     return saved
 
@@ -263,7 +265,8 @@ def gradients():
 # ---------------------------------------------------------------------------- published size
 def pairs():
     """What the dry runs count for each of the twelve pairs at 1024 px."""
-    found, rows = read("counts"), []
+    found = read("counts")
+    rows = []
     for backbone in ("sd3.5-medium", "sd3.5-large", "flux"):
         for reward in METRIC:
             flags = f"--backbone {backbone} --reward {reward}"
@@ -281,7 +284,8 @@ def pairs():
 
 def beside_the_paper():
     """What the paper measured on its GPUs beside what the dry runs count."""
-    found, rows = read("counts"), []
+    found = read("counts")
+    rows = []
     measured_there = {
         ("sd3.5-medium", "hpsv2"): "3.20x, 56.4 -> 26.0 GB",
         ("sd3.5-medium", "clip"): "3.58x",
@@ -370,7 +374,8 @@ def claims_of_sampling():
     equal = next(m for m in five if m.startswith("tweedie, equal"))
     scores = "; ".join(measured(five[m], "reward") for m in ("stitchvm", "tweedie", equal))
     six = {(r["curve"], r["n_particles"]): r for r in reported("06_scaling")}
-    many, few = six["fks", 14], six["fks+stitchvm M=6", 8]
+    many = six["fks", 14]
+    few = six["fks+stitchvm M=6", 8]
     flux = next(c for n, c in read("counts").items() if n.startswith("06_fks.py"))
     saved = 1 - flux["fks+stitchvm M=6 N=8, i = 4"]["tflop"] / flux["fks N=14"]["tflop"]
     less = f"{1 - few['gflop_per_prompt'] / many['gflop_per_prompt']:.0%} less"

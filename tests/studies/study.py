@@ -216,13 +216,16 @@ def dps(jobs, rewards):
 # ---------------------------------------------------------------------------- 06 to 08
 def comparisons(stage):
     """{name of its results: (script, flags)} of 06, 07 or 08."""
-    clip, methods = value_of("clip"), ("--methods", "bon", "fks", "fks+stitchvm")
+    clip = value_of("clip")
+    methods = ("--methods", "bon", "fks", "fks+stitchvm")
     small = ("--potential-value", "stitchvm", "--limit", 64, "--m", 4)
     if stage == "fks":
         sizes = ("--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6)
         proposals = ("--proposal", "argmax", "corrected", "--report", "best", "mean")
-        large, own = ("--backbone", "sd3.5-large", *small), value_of("clip", "sd3.5-large")
-        tune, hundred = ("--prompts", f"{TUNE}/drawbench.txt"), ("--limit", 100)
+        large = ("--backbone", "sd3.5-large", *small)
+        own = value_of("clip", "sd3.5-large")
+        tune = ("--prompts", f"{TUNE}/drawbench.txt")
+        hundred = ("--limit", 100)
         without = ("--methods", "bon", "fks+stitchvm")
         flags = {
             "06_lam": (*clip, *methods, *small, *tune, "--lam", 0.5, 1, 2, 4),

@@ -1,0 +1,74 @@
+"""The rules of the studies: which strength, how many steps for equal work, what work was saved."""
+
+import pages
+import pytest
+import study
+
+
+def scores(reward, judge, spread=0.0):
+    """Of four prompts; the spread is around the mean."""
+    around = [-spread, spread, -spread, spread]
+    return {"reward": [reward] * 4, "judge": [judge + x for x in around], "clip": [reward] * 4}
+
+
+def test_the_rule_that_chooses_a_strength():
+    """The highest reward among those that do no visible harm to what does not guide."""
+    plain = scores(0.5, 0.6)
+    swept = {1: scores(0.6, 0.6), 2: scores(0.7, 0.6), 4: scores(0.8, 0.5)}
+    assert study.choose_strength(swept, plain, ["clip"]) == 2
+    within = {1: scores(0.6, 0.6), 4: scores(0.8, 0.5, spread=0.2)}
+    assert study.choose_strength(within, plain, ["clip"]) == 4
+    assert study.choose_strength(within, plain, ["clip"], tolerance=0.5) == 1
+    harmful = {4: scores(0.8, 0.1), 2: scores(0.7, 0.1)}
+    assert study.choose_strength(harmful, plain, ["clip"]) == 2
+    lower = {1: scores(0.4, 0.6)}
+    assert study.choose_strength(lower, plain, ["clip"]) == 1
+
+
+def test_strengths_are_chosen_for_each_method():
+    names = (("flow", 0), ("tweedie", 1), ("tweedie", 2), ("stitchvm", 1), ("stitchvm", 2))
+    found = {
+        "rows": [dict(method=m, strength=c) for m, c in names],
+        "scores_of_prompts": [scores(r, 0.6) for r in (0.5, 0.6, 0.7, 0.9, 0.8)],
+    }
+    assert study.chosen_strengths(found, "clip") == {"tweedie": 2, "stitchvm": 1}
+
+
+def test_equal_work_in_steps():
+    rows = [
+        dict(method="flow", steps=40, gflop_per_sample=10.0),
+        dict(method="tweedie", steps=40, gflop_per_sample=64.0),
+        dict(method="stitchvm", steps=40, gflop_per_sample=16.0),
+    ]
+    assert study.fewer_steps(rows) == 10
+    assert study.fewer_steps([r | dict(gflop_per_sample=r["steps"]) for r in rows]) == 40
+
+
+def curve(method, *points):
+    return [dict(method=method, gflop=g, reward=r) for g, r in points]
+
+
+def test_work_saved():
+    """First crossings of the baseline's last reward, linear between evaluation points."""
+    baseline = curve("nft", (0, 0.0), (100, 1.0), (200, 0.5))
+    faster = curve("nft+stitchvm", (0, 0.0), (40, 1.0))
+    assert pages.work_saved(baseline + faster) == {"nft+stitchvm": pytest.approx(20 / 50)}
+    never = curve("nft+stitchvm", (0, 0.0), (40, 0.4))
+    assert pages.work_saved(baseline + never) == {"nft+stitchvm": None}
+    sunk = curve("nft", (0, 0.0), (100, -1.0))
+    assert pages.work_saved(sunk + faster) == {"nft+stitchvm": 0.0}
+    assert pages.work_saved(faster) == {}
+
+
+def test_studies_name_flags_that_exist():
+    """A study takes hours: a flag that its stage does not know should not wait for its turn."""
+    import importlib
+
+    for stage in ("fks", "draft", "nft"):
+        for name, (script, flags) in study.comparisons(stage).items():
+            if script[0] == "0":
+                module = importlib.import_module(script.removesuffix(".py"))
+                args = module.parse_args(["--out", f"runs/{name}", *map(str, flags)])
+                assert args.out == f"runs/{name}"
+    for flags in study.VARIANTS.values():
+        importlib.import_module("03_finetune").parse_args([*map(str, (*study.SHORT, *flags))])
