@@ -1,41 +1,57 @@
 """Stage 02 -- choose where to stitch and solve the linear stitch in closed form.
 
 Paper   StitchVM (arXiv 2605.19804) Sec. 4.1, App. C.1, Eqs. (7), (59)-(62)
-            W_ij = argmin_W || W F_i - G_j ||_F^2 = G_j F_i^+ ,      (i*, j*) = argmin_ij of the residual
-        F_i (M, D)  the frozen DiT's tokens after block i, of z_t      G_j (M, d)  the frozen reward's patch tokens before block j, of x_0
-        Every token is a sample [D4]; a column of ones gives the bias. i = 0 stands for the VAE stitch: F_0 is the noisy latent itself.
-Reads   out/cache.pt (01_cache_features.py)
-Writes  out/stitch.pt  for the fronts 'dit' and 'vae': W (d, D), bias (d,), i, j, CLS;    out/02_fit_stitch.json, out/02_fit_stitch.png
-Run     python 02_fit_stitch.py && python 02_fit_stitch.py --rank-by raw && python 02_fit_stitch.py --i 4 --j 1
-Departs from the paper: the losses in the table are of held-out images (a quarter of the probe set); the W that is kept is fitted on all of it.
-        The loss relative to the target's variance stands beside the raw one, because the scale of the residual stream grows with depth [D5].
-        An explicit rcond: lstsq's own cut-off would invert the rounding noise of rank-deficient features [D7].
+            W_ij = argmin_W |W F_i - G_j|^2 = G_j F_i^+,   (i*, j*) = argmin_ij of the residual
+        F_i: tokens of z_t after diffusion block i, F_0 the latent itself, for the VAE stitch; G_j:
+        patch tokens of x_0 before reward block j. A sample is a token [D4]; ones give the bias.
+Reads   out/cache.pt (01)
+Writes  out/stitch.pt  of the fronts dit and vae: W (d, D), bias (d,), i, j, CLS (d,)
+        out/02_fit_stitch.json, out/02_fit_stitch.png
+Run     python 02_fit_stitch.py
+        python 02_fit_stitch.py --rank-by raw
+        python 02_fit_stitch.py --i 4 --j 1
+Departs from the paper: the losses are of held-out images, a quarter of the probe set; the W that is
+        kept is fitted on all of it. --rank-by [D5], and an explicit cut-off, --rcond [D7].
 """
+
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import (Reward, add_noise, dit_blocks, fail, load_artifact, meta_backbone, parse_stage, print_table, report_dry_run, resample, save_artifact,
-                    save_figure, save_table, stage_parser, to_tokens)
+from common import (
+    add_noise,
+    fail,
+    load_artifact,
+    parse_stage,
+    print_table,
+    resample,
+    save_artifact,
+    save_figure,
+    save_table,
+    stage_parser,
+    to_tokens,
+)
 
-PRESETS = {"mini": dict(rank_by="relative"), "24gb": dict(rank_by="relative", resolution=512), "paper": dict(rank_by="raw", resolution=1024)}
+PRESETS = {"mini": {}, "24gb": dict(resolution=512), "paper": dict(rank_by="raw", resolution=1024)}
 
 
 def parse_args(argv=None):
-    p = stage_parser(__doc__, PRESETS)
-    p.add_argument("--rank-by", choices=("raw", "relative"), help="loss that chooses (i, j): the paper's, or relative to the target's variance")
-    p.add_argument("--i", type=int, help="stitch after this diffusion block instead of the best one")
-    p.add_argument("--j", type=int, help="stitch before this reward block instead of the best one")
-    p.add_argument("--rcond", type=float, default=1e-6, help="singular values below rcond times the largest are cut")
+    p = stage_parser(__file__, __doc__, PRESETS)
+    add = p.add_argument
+    add("--rank-by", choices=("raw", "relative"), default="relative", help="loss that chooses [D5]")
+    add("--i", type=int, help="stitch after this diffusion block; None: the best")
+    add("--j", type=int, help="stitch before this reward block; None: the best up to 4")
+    add("--rcond", type=float, default=1e-6, help="cut-off, times the largest singular value [D7]")
     return parse_stage(p, PRESETS, argv)
 
 
 # ---- ALGORITHM: copy from here ----
 def fit_linear_stitch(F, G, rcond=1e-6):
-    """(62): the W (d, D) and bias (d,) that minimise ||F W^T + b - G||^2, and the rank. F (M, D), G (M, d), one token a row.
+    """(62): W (d, D) and bias (d,) that minimise |F W^T + bias - G|^2, and the rank.
 
-    float64 on the CPU: the cached features carry float32 rounding, and a driver without SVD (CUDA's only one) assumes full rank.
+    F (M, D), G (M, d), a token a row. In float64 on the CPU: CUDA's driver assumes full rank.
+    Singular values below rcond times the largest are cut [D7].
     """
     F = torch.cat([F.double().cpu(), torch.ones(len(F), 1, dtype=torch.float64)], 1)
     solution = torch.linalg.lstsq(F, G.double().cpu(), rcond=rcond, driver="gelsd")
@@ -43,71 +59,69 @@ def fit_linear_stitch(F, G, rcond=1e-6):
 
 
 def stitch_loss(W, b, F, G):
-    """Mean over tokens of ||W f + b - g||^2, and the same divided by the target's variance, mean over tokens of ||g - mean g||^2."""
-    F, G = F.double().cpu(), G.double().cpu()
-    loss = (F @ W.T + b - G).square().sum(1).mean()
+    """Mean over tokens of |W f + b - g|^2, and as a share of the target's, |g - mean g|^2."""
+    G = G.double().cpu()
+    loss = (F.double().cpu() @ W.T + b - G).square().sum(1).mean()
     return float(loss), float(loss / (G - G.mean(0)).square().sum(1).mean())
+
+
 # ---- to here ----
 
 
 def draw_grid(rows, chosen, path):
-    import matplotlib.pyplot as plt
-    I, J = (sorted({r[k] for r in rows}) for k in "ij")
-    value = {(r["i"], r["j"]): r["relative_loss"] for r in rows}
-    figure, axis = plt.subplots(figsize=(1.3 + 0.75 * len(J), 1.5 + 0.38 * len(I)))
-    shown = axis.imshow([[value[i, j] for j in J] for i in I], cmap="viridis_r", vmin=0, vmax=1, aspect="auto")
-    for a, i in enumerate(I):
-        for b, j in enumerate(J):
-            axis.text(b, a, f"{value[i, j]:.2f}", ha="center", va="center", color="white" if value[i, j] > 0.5 else "black", fontsize=8,
-                      fontweight="bold" if (i, j) == chosen else None, bbox=dict(fill=False, edgecolor="red", pad=3) if (i, j) == chosen else None)
-    axis.set(xticks=range(len(J)), xticklabels=J, yticks=range(len(I)), yticklabels=["VAE" if i == 0 else i for i in I],
-             xlabel="reward block j", ylabel="diffusion block i", title="stitch residual / target variance\n(held-out images; red: chosen)")
-    figure.colorbar(shown)
+    """Heat map of the relative losses, i down and j across; chosen, {i, j}, is framed."""
+    from matplotlib.figure import Figure
+
+    J = rows[-1]["j"]
+    losses = torch.tensor([r["relative_loss"] for r in rows]).view(-1, J)
+    figure = Figure((1 + 0.75 * J, 1.5 + 0.38 * len(losses)))
+    axis = figure.subplots()
+    places = range(1, J + 1), range(len(losses))
+    axis.pcolormesh(*places, losses, cmap="coolwarm", vmin=0, vmax=1)
+    for r in rows:
+        frame = dict(fill=False) if chosen.items() <= r.items() else None
+        axis.text(r["j"], r["i"], f"{r['relative_loss']:.2f}", ha="center", va="center", bbox=frame)
+    axis.set(xticks=places[0], xlabel="reward block j", title="residual / variance, held out")
+    axis.set(yticks=places[1], ylabel="diffusion block i (0: VAE)")
     save_figure(figure, path)
 
 
-def dry_run(args):
-    """By formula, because no network runs here: least squares by SVD takes 4 M D^2 + 8 D^3 (Golub & Van Loan, Sec. 5.5), on the CPU in float64."""
-    reward = Reward(args.reward, args.preset, "meta", weights=False)
-    backbone, _ = meta_backbone(args.backbone)
-    d, D, M = reward.visual.conv1.out_channels, backbone.transformer.inner_dim, 200 * reward.visual.grid_size[0] ** 2
-    case = dict(method="closed form", unit="(i, j)", tflop=(4 * M * D * D + 8 * D ** 3 + 4 * M * D * d) / 1e12, saved_gib=0.0,
-                peak_gib=8 * M * (2 * D + 2 * d) / 2 ** 30, n=4 * len(dit_blocks(backbone.transformer)), tflops=0.2)
-    report_dry_run(args, "02_fit_stitch", [case], [])
-
-
 def main(args):
-    if args.dry_run:
-        return dry_run(args)
-    expect = {"reward": args.reward, "backbone": args.backbone} | ({"resolution": args.resolution} if args.resolution else {})
-    cache = load_artifact(Path(args.out) / "cache.pt", expect, "01_cache_features.py")
-    spec, probe = cache["spec"], cache["data"]["probe"]
-    zt = add_noise(probe["z0"].float(), probe["eps"], probe["t"])
-    fronts = [to_tokens(resample(zt, spec["reward_grid"], spec["antialias"])), *probe["dit"]]  # i = 0: the VAE stitch
-    n = len(zt) * 3 // 4  # images to fit on while ranking; their tokens never mix with the held-out images'
+    asked = ("reward", "backbone", "resolution")
+    expect = {k: getattr(args, k) for k in asked if getattr(args, k)}
+    cache = load_artifact(Path(args.out, "cache.pt"), expect, "01_cache_features.py")
+    spec = cache["spec"]
+    probe = cache["data"]["probe"]
+    z_t = add_noise(probe["z0"].float(), probe["eps"], probe["t"])
+    latent = to_tokens(resample(z_t, spec["reward_grid"], spec["antialias"]))
+    fronts = [f.flatten(0, 1) for f in (latent, *probe["dit"])]
+    targets = [g.flatten(0, 1) for g in probe["reward"]]
+    blocks = range(1, len(fronts))
+    if args.i not in (None, *blocks) or args.j not in (None, *range(1, len(targets) + 1)):
+        fail(f"i runs to {blocks[-1]}, j to {len(targets)} in {args.out}/cache.pt (01's --j-max)")
+    n = len(z_t) * 3 // 4 * latent.shape[1]  # tokens of the images that the grid is fitted on
     rows = []
-    for i, features in enumerate(tqdm(fronts, desc="fit")):
-        for j, target in enumerate(probe["reward"], 1):
-            W, b, rank = fit_linear_stitch(features[:n].flatten(0, 1), target[:n].flatten(0, 1), args.rcond)
-            loss, relative = stitch_loss(W, b, features[n:].flatten(0, 1), target[n:].flatten(0, 1))
+    for i, F in enumerate(tqdm(fronts, desc="fit")):
+        for j, G in enumerate(targets, 1):
+            W, b, rank = fit_linear_stitch(F[:n], G[:n], args.rcond)
+            loss, relative = stitch_loss(W, b, F[n:], G[n:])
             rows.append(dict(i=i, j=j, loss=loss, relative_loss=relative, rank=rank))
-    print_table(rows, ("i", "j", "loss", "relative_loss", "rank"))
+    print_table(rows, rows[0])
 
-    key = "loss" if args.rank_by == "raw" else "relative_loss"
+    depths = [args.j] if args.j else range(1, 5)
     data = {}
-    for front in ("dit", "vae"):
-        wanted = [r for r in rows if (r["i"] > 0) == (front == "dit") and (front == "vae" or args.i in (None, r["i"])) and (r["j"] == args.j if args.j else r["j"] <= 4)]  # later j are shown, and taken if asked for
-        if not wanted:
-            fail(f"there is no (i, j) = ({args.i}, {args.j}) in {args.out}/cache.pt: i runs to {len(fronts) - 1}, j to {len(probe['reward'])} (see 01_cache_features.py --j-max)")
-        best = min(wanted, key=lambda r: r[key])
-        i, j = best["i"], best["j"]
-        W, b, rank = fit_linear_stitch(fronts[i].flatten(0, 1), probe["reward"][j - 1].flatten(0, 1), args.rcond)
-        data[front] = dict(W=W.float(), bias=b.float(), i=i, j=j, cls=probe["cls"][j - 2] if j > 1 else None)
-        print(f"{front}: (i, j) = ({i}, {j}), relative loss {best['relative_loss']:.3f}, rank {rank} of {W.shape[1] + 1}, max |W| {W.abs().max():.3g}")
-    chosen = dict(i=data["dit"]["i"], j=data["dit"]["j"])
-    save_artifact(Path(args.out) / "stitch.pt", "02_fit_stitch", args, spec | chosen, data, [cache])
+    for front, places in (("dit", [args.i] if args.i else blocks), ("vae", [0])):
+        found = [r for r in rows if r["i"] in places and r["j"] in depths]
+        best = min(found, key=lambda r: r["loss" if args.rank_by == "raw" else "relative_loss"])
+        i, j = (best[k] for k in "ij")
+        W, b, rank = fit_linear_stitch(fronts[i], targets[j - 1], args.rcond)
+        data[front] = dict(W=W.float(), bias=b.float(), i=i, j=j, cls=[None, *probe["cls"]][j - 1])
+        about = f"relative loss {best['relative_loss']:.3f}, rank {rank} of {W.shape[1] + 1}"
+        print(f"{front}: (i, j) = ({i}, {j}), {about}, max |W| {W.abs().max():.3g}")
+    chosen = {k: data["dit"][k] for k in "ij"}
+    save_artifact(Path(args.out, "stitch.pt"), "02_fit_stitch", args, spec | chosen, data, [cache])
     save_table(args, "02_fit_stitch", rows, chosen=chosen)
-    draw_grid(rows, (chosen["i"], chosen["j"]), Path(args.out) / "02_fit_stitch.png")
+    draw_grid(rows, chosen, Path(args.out, "02_fit_stitch.png"))
 
 
 if __name__ == "__main__":
