@@ -1,402 +1,300 @@
-"""Stage 05 -- guided sampling: plain, standard DPS and DPS with the value model, side by side from the same noises.
+"""Stage 05 -- guided sampling: plain, standard DPS and DPS with the value, from the same noises.
 
-Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, Table 1, App. D.2, Eqs. (4), (11), (38), (39). A step of size d = t - t_next > 0:
-            z += d (-u + nu^2/2 score) + nu sqrt(d) w  +  d (t/(1-t) + nu^2/2) c grad V(z_t),      nu = 3 t^2, u the velocity with CFG
+Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, Table 1, App. D.2, Eqs. (4), (11), (38), (39).
+        A step of size d = t - t_next, u the velocity with CFG, nu = 3 t^2:
+            z += d (-u + nu^2/2 score) + nu sqrt(d) noise + d (t/(1-t) + nu^2/2) c grad V(z_t)
         flow              no guidance
-        tweedie           standard DPS, V = r(D(z_t - t u)): the gradient passes reward, VAE decoder and both halves of the guided denoiser
-        stitchvm          V the value model: the gradient passes its first i blocks, the stitch and the reward's tail
-        stitchvm+tweedie  stitchvm above --handover, tweedie for the last steps, with the strength c chosen for each
-        t/(1-t) is infinite at t = 1, where the exact V is constant: its gradient, 0 but for the network's error, would be multiplied by
-        infinity. So the first step goes unguided (exact form only), which on Gaussian data costs an error of O(1 / steps).
-        --guidance constant leaves (39)'s factor out; unit also divides each sample's gradient by its norm, so one list of c serves every reward.
-        With CFG the value's prefix at (z_t, t) is the first i blocks of the denoiser's null half: it is resumed, not computed again. Not so
-        for cfg 1 and FLUX, whose denoiser never sees the null text.
-        The rule for c: of the strengths at which no held-out metric (every scorer but the guiding reward) is below plain sampling's by more
-        than --tolerance standard errors of the paired difference on the tuning prompts, the one with the largest mean reward; if there is
-        none, the smallest. It is then run on the report prompts. Two errors and not one, for five metrics are looked at, and one error would turn
-        away three in five strengths that do no harm; what a few prompts do not show passes. stitchvm+tweedie takes both methods' strengths, unswept.
-        'tweedie, equal time' is tweedie with as many steps as take stitchvm's time on the tuning prompts, its strength swept at so many.
-Reads   out/value.pt (03); for a joint reward a+b each one's own, runs/<preset>/<backbone>_<reward>/value.pt, or --value FILE FILE; prompts
-Writes  out/05_dps.json, out/05_strength.png (the sweep), out/05_grid.png (images), out/05_value.png (V along sampling, agreement of the gradients);
-        with --save-images out/images/<method>/ in GenEval's layout
-Run     python 05_dps.py                                                         # the miniature, under three minutes on two cores
-        python 05_dps.py --guide-from 0.5 --out DIR --value FILE                 # guidance at sigma <= .5 only; --guide-to 0.5: above only
-        python 05_dps.py --reward clip+hpsv2 --limit 16
-Departs from the paper: the miniature takes 40 steps and unit guidance. The paper sweeps [.5, 7] (StitchVM) and [.01, .5] (DPS) without saying
-        what c multiplies; `24gb` and `paper` take (39) with these ranges times 100, as of a cosine in per cent, not measured. c is chosen on
-        prompts that are not the reported ones [D11]. The last step adds no noise. On the CPU memory is what autograd keeps in one step of one
-        sample, on a GPU the allocator's peak.
+        tweedie           standard DPS, V = r(D(z - t u)): through reward, decoder and denoiser
+        stitchvm          V the value model, whose prefix is resumed as CFG's null half [D10]
+        stitchvm+tweedie  stitchvm above sigma --handover, tweedie from there down
+        A row for each strength c. The last method takes the two lists in step: the first of both,
+        the second of both, as far as the shorter goes.
+Reads   value.pt (03) of each reward of a sum; prompts
+Writes  out/05_dps.json, with the scores of each prompt; out/05_strength.png; out/05_grid.png;
+        with --save-images out/05_images/<method and strengths>/ in GenEval's layout
+Run     python 05_dps.py
+        python 05_dps.py --strengths-tweedie 10 20 40 --strengths-stitchvm 10 20 40
+        python 05_dps.py --guide-to 0.5 --out DIR --value FILE       # above sigma .5 only
+Departs from the paper: the first step is unguided in form (39), for t/(1-t) is infinite at t = 1;
+        the last adds no noise; strengths, and the miniature's unit guidance [D11]. Peak memory is
+        the GPU allocator's; on the CPU it is what autograd keeps in a step of one sample.
 """
-import argparse
-import sys
+
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (Backbone, Reward, clean_reward, count, encode_prompts, fail, generator, gflop, gib, joint_value, kept_for_backward, load_prompts,
-                    load_values, mean_and_error, meta_backbone, meta_value, now, parse_stage, print_table, report_dry_run, reward_and_scorers, save_figure,
-                    save_image_grid, save_table, score_images, sde_step, shares_prefix, stage_parser, tweedie, value_files, write_geneval)
+from common import (
+    Backbone,
+    Reward,
+    clean_reward,
+    draw_lines,
+    fail,
+    generator,
+    gflop,
+    image_grid,
+    joint_value,
+    load_prompts,
+    load_values,
+    mean_and_error,
+    now,
+    parse_stage,
+    print_table,
+    save_table,
+    score_images,
+    sde_step,
+    shares_prefix,
+    stage_parser,
+    timing,
+    tweedie,
+    value_files,
+    write_images,
+)
 
 METHODS = ("flow", "tweedie", "stitchvm", "stitchvm+tweedie")
-EQUAL = "tweedie, equal time"
-PUBLISHED = dict(strengths_tweedie=[1, 3, 10, 25, 50], strengths_stitchvm=[50, 100, 200, 350, 700], guidance="exact", steps=100, batch=1)
-PRESETS = {"mini": dict(prompts="tests/mini/data/drawbench.txt", tune_prompts="tests/mini/data/tune/drawbench.txt", limit=32, tune_limit=12, resolution=64, steps=40,
-                        batch=16, guidance="unit", strengths_tweedie=[10, 20, 40], strengths_stitchvm=[10, 20, 40], equal_time=True),
-           "24gb": dict(resolution=512, **PUBLISHED), "paper": dict(resolution=1024, **PUBLISHED)}
+NU = {"sde": lambda t: 3 * t * t, "ode": lambda t: 0.0}
+MINI = dict(prompts="tests/mini/data/drawbench.txt", limit=32, resolution=64, steps=40, batch=16)
+MINI |= dict(guidance="unit", strengths_tweedie=[20], strengths_stitchvm=[40])
+MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
+PAPER = dict(resolution=1024, steps=100, batch=1, guidance="exact", scorers=["clip", "hpsv2"])
+PAPER |= dict(strengths_tweedie=[1, 3, 10, 25, 50], strengths_stitchvm=[50, 100, 200, 350, 700])
+PRESETS = {"mini": MINI, "24gb": PAPER | dict(resolution=512), "paper": PAPER}
 
 
 def parse_args(argv=None):
-    p = stage_parser(__doc__, PRESETS)
-    p.add_argument("--prompts", help="prompts to report on: a text file, a JSON list or GenEval's JSONL")
-    p.add_argument("--tune-prompts", help="prompts on which the strengths are swept")
-    p.add_argument("--limit", type=int, help="use this many of --prompts at most")
-    p.add_argument("--tune-limit", type=int, help="use this many of --tune-prompts at most")
-    p.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    p.add_argument("--steps", type=int, help="sampler steps (App. D.2: 100)")
-    p.add_argument("--cfg", type=float, help="classifier-free guidance (default: 4.5; 1 for FLUX, which is distilled)")
-    p.add_argument("--sampler", choices=("sde", "ode"), default="sde", help="sde: nu = 3 t^2; ode: nu = 0")
-    p.add_argument("--guidance", choices=("exact", "constant", "unit"), help="what multiplies d c: (39)'s factor times grad V, grad V, or grad V / |grad V|")
-    p.add_argument("--strengths-tweedie", type=float, nargs="+", metavar="C", help="of 'tweedie', swept on --tune-prompts; a single one is taken as it is")
-    p.add_argument("--strengths-stitchvm", type=float, nargs="+", metavar="C", help="of 'stitchvm'")
-    p.add_argument("--tolerance", type=float, default=2.0, help="standard errors by which a held-out metric may fall")
-    p.add_argument("--guide-from", type=float, default=1.0, help="guide at sigma up to this")
-    p.add_argument("--guide-to", type=float, default=0.0, help="and above this")
-    p.add_argument("--handover", type=float, default=0.25, help="sigma from which down 'stitchvm+tweedie' is guided by tweedie")
-    p.add_argument("--equal-time", action=argparse.BooleanOptionalAction, default=False, help="after a sweep, one more row: tweedie with as many steps as stitchvm's time allows")
-    p.add_argument("--checkpointing", action="store_true", help="gradient checkpointing of denoiser and decoder for tweedie: less memory, more time")
-    p.add_argument("--value", nargs="+", metavar="FILE", help="value models, one for each reward of the sum")
-    p.add_argument("--batch", type=int)
-    p.add_argument("--save-images", action="store_true")
+    p = stage_parser(__file__, __doc__, PRESETS)
+    add = p.add_argument
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    add("--value", nargs="+", metavar="FILE", help="value models, one for each reward of the sum")
+    add("--prompts", help="text, JSON list, COCO's captions or GenEval's JSON lines")
+    add("--limit", type=int, help="use this many of them at most")
+    add("--scorers", nargs="*", help="rewards that judge, too")
+    add("--save-images", action="store_true", help="write the images of every row")
+    add("--strengths-tweedie", type=float, nargs="+", metavar="C", help="c of tweedie, a row each")
+    add("--strengths-stitchvm", type=float, nargs="+", metavar="C", help="c of stitchvm")
+    add("--guidance", choices=("exact", "constant", "unit"), help="(39), d c grad, or of unit norm")
+    add("--guide-from", type=float, default=1.0, help="guide at sigma up to this")
+    add("--guide-to", type=float, default=0.0, help="and above this")
+    add("--handover", type=float, default=0.25, help="sigma where tweedie takes over from stitchvm")
+    add("--steps", type=int, help="of the sampler (D.2: 100)")
+    add("--sampler", choices=tuple(NU), default="sde", help="nu = 3 t^2, or 0")
+    add("--cfg", type=float, help="None: 4.5; 1 for FLUX, which is distilled")
+    add("--batch", type=int, help="samples at a time; their noises do not depend on it")
+    add("--checkpointing", action="store_true", help="of tweedie: less memory, more work")
     return parse_stage(p, PRESETS, argv)
 
 
 # ---- ALGORITHM: copy from here ----
+# from common: clean_reward, joint_value, sde_step, tweedie
 def tweedie_gradient(velocity, decode, rewards, texts, z, sigma):
-    """Standard DPS: u, V = r(D(z - t u)) (B,) and dV/dz, with the graph of decoder and denoiser."""
+    """Standard DPS at z (B, C, h, w), sigma (B,): u, V = r(D(z - t u)) (B,) and dV/dz."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         u = velocity(z, sigma)
         V = clean_reward(rewards, texts, decode(tweedie(z, u, sigma)))
-        V.sum().backward()  # a sum: samples do not mix, so each gets its own gradient
+        V.sum().backward()  # samples do not mix, so each gets its own gradient
     return u.detach(), V.detach(), z.grad
 
 
 def stitchvm_gradient(velocity, values, texts, z, sigma, share=None):
-    """StitchVM: u, V (B,) and dV/dz of the value model alone; the denoiser keeps no graph. share: its transformer, if it is to resume the values' prefix as its null half."""
+    """u, V (B,) and dV/dz of the values alone at z (B, C, h, w), sigma (B,).
+
+    share: the denoiser's transformer, if it is to resume the values' prefix as its null half.
+    """
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         V, states = joint_value(values, z, sigma, texts)
         V.sum().backward()
     with torch.no_grad():
-        prefix = {k: v.detach() if torch.is_tensor(v) else v for k, v in states[id(share)].items()} if share is not None else None
-        u = velocity(z.detach(), sigma, prefix=prefix)
+        u = velocity(z.detach(), sigma, prefix=states.get(id(share)))
     return u, V.detach(), z.grad
 
 
 def guidance(grad, t, t_next, c, form="exact", nu=lambda t: 3 * t * t):
-    """What grad = dV/dz (B, ...) adds to z in a step from t to t_next, d = t - t_next (floats), at strength c.
+    """What grad = dV/dz (B, ...) at strength c adds to z in a step from t to t_next, floats.
 
-    exact: d (t/(1-t) + nu^2/2) c grad (39), nothing at t = 1; constant: d c grad; unit: d c grad / |grad|, a norm for each sample.
+    d = t - t_next. exact: d (t/(1-t) + nu^2/2) c grad (39), 0 at t = 1; constant: d c grad;
+    unit: d c grad / |grad|, a norm for each sample.
     """
-    d = t - t_next
-    if form == "unit":
-        return d * c * F.normalize(grad.flatten(1), dim=1).view_as(grad)
-    if form == "constant":
-        return d * c * grad
-    return d * c * (t / (1 - t) + 0.5 * nu(t) ** 2) * grad if t < 1 else torch.zeros_like(grad)
+    scale = (t - t_next) * c
+    if form == "exact":
+        scale *= t / (1 - t) + 0.5 * nu(t) ** 2 if t < 1 else 0.0
+    elif form == "unit":
+        grad = F.normalize(grad.flatten(1), dim=1).view_as(grad)
+    return scale * grad
 
 
-def guide_at(guides, t):
-    """The first of the guides (gradient, c, from, to) whose window holds t, from >= t > to; None if there is none."""
-    return next((g for g in guides if g[2] >= t > g[3]), None)
+def sample(z, noises, grid, velocity, guides, form="exact", nu=lambda t: 3 * t * t):
+    """z_0 (B, ...) from z (B, ...) at t = 1, under torch.no_grad().
 
-
-def sample(z, noises, grid, velocity, guides=(), form="exact", nu=lambda t: 3 * t * t, keep=()):
-    """From z (B, ...) at t = 1 to z_0, and {node: z_t} for the nodes in keep.
-
-    noises yields (B, ...) for each step; grid holds the noise levels, floats from 1 to 0; velocity(z, sigma) and the guides' gradient(z, sigma) -> (u, V, dV/dz).
+    grid: steps + 1 noise levels, floats from 1 to 0. For each step noises has (B, ...) and guides
+    (gradient, c) or (None, 0). velocity(z, sigma) is u, gradient(z, sigma) is (u, V, dV/dz).
     """
-    kept = {}
-    for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
-        if k in keep:
-            kept[k] = z
-        guide, sigma = guide_at(guides, t), torch.full((len(z),), t, device=z.device)
-        if guide is None:
-            u, move = velocity(z, sigma), 0.0
+    for t, t_next, noise, (gradient, c) in zip(grid[:-1], grid[1:], noises, guides, strict=True):
+        sigma = torch.full((len(z),), t, device=z.device)
+        move = 0.0
+        if gradient is None:
+            u = velocity(z, sigma)
         else:
-            u, _, grad = guide[0](z, sigma)
-            move = guidance(grad, t, t_next, guide[1], form, nu)
-        z = sde_step(z, u, t, t_next, next(noises).to(z), nu) + move
-    return z, kept
+            u, _, grad = gradient(z, sigma)
+            move = guidance(grad, t, t_next, c, form, nu)
+        z = sde_step(z, u, t, t_next, noise.to(z), nu) + move
+    return z
 
 
-def choose_strength(swept, plain, guiding, tolerance=2.0):
-    """The docstring's rule. swept {c: {metric: (n,)}} and plain {metric: (n,)} of the same prompts and noises, each with the key 'reward'; guiding: names that are not held out."""
-    def harmless(scores):
-        gaps = [scores[k] - plain[k] for k in plain if k != "reward" and k not in guiding]
-        return all(float(g.mean()) >= -tolerance * float(g.std()) / len(g) ** 0.5 for g in gaps)
-    allowed = [c for c in swept if harmless(swept[c])]
-    return max(allowed, key=lambda c: float(swept[c]["reward"].mean())) if allowed else min(swept)
 # ---- to here ----
 
 
-def step_functions(backbone, rewards, values, condition, null, texts, cfg, share, checkpointing=False):
-    """velocity(z, sigma) and {kind: gradient(z, sigma) -> (u, V, dV/dz)} for one batch of prompts; 'unprompted' is tweedie without the prompt, as V is."""
-    velocity = partial(backbone.velocity, condition=condition, null=null, cfg=cfg)
-    return velocity, {"tweedie": partial(tweedie_gradient, partial(velocity, checkpointing=checkpointing), backbone.decode, rewards, texts),
-                      "unprompted": partial(tweedie_gradient, partial(backbone.velocity, condition=null), backbone.decode, rewards, texts),
-                      "stitchvm": partial(stitchvm_gradient, velocity, values, texts, share=backbone.transformer if share else None)}
+def plan(args, grid):
+    """{name: (keys of the row, guide (kind, c) of each step)}; the kind is flow for none."""
+    lists = dict(tweedie=args.strengths_tweedie, stitchvm=args.strengths_stitchvm, flow=[0.0])
+    keys = ("method", "strength", "strength_tweedie")
+    runs = {}
+    for method in (m for m in METHODS if m in args.methods):
+        kinds = method.split("+")
+        for strengths in zip(*(lists[kind] for kind in kinds), strict=False):
+            pairs = list(zip(kinds, strengths, strict=True))
+            guides = [pairs[0 if t > args.handover else -1] for t in grid[:-1]]
+            for k, t in enumerate(grid[:-1]):
+                if not args.guide_from >= t > args.guide_to:
+                    guides[k] = ("flow", 0.0)
+            row = dict(zip(keys, (method, *strengths), strict=False))
+            runs["_".join([method, *map("{:g}".format, strengths)])] = (row, guides)
+    return runs
 
 
-def noise_streams(seed, split, rows, shape):
-    """Standard normal (B, ...) without end; every sample has a stream of its own, so all methods see the same noises at any batch size."""
-    streams = [generator(seed, split, n) for n in rows]
-    while True:
-        yield torch.stack([torch.randn(shape, generator=g) for g in streams])
+def load(args):
+    """What the rows share: models, prompts, noise levels."""
+    rows = load_prompts(args.prompts, args.limit)
+    if len(rows) < 2:
+        fail(f"{len(rows)} prompts in {args.prompts}: a standard error needs two at least")
+    names = args.reward.split("+")
+    files = value_files(args, names) if any("stitchvm" in m for m in args.methods) else []
+    backbone = Backbone(args.backbone, args.preset, args.device, getattr(torch, args.dtype))
+    run = SimpleNamespace(backbone=backbone, device=backbone.device, rows=rows)
+    run.prompts = [row["prompt"] for row in rows]
+    embedded = backbone.prompts(["", *run.prompts], args.out)
+    run.null = [v[:1] for v in embedded]
+    run.condition = [v[1:] for v in embedded]
+    run.rewards = [Reward(name, args.preset, args.device) for name in names]
+    run.texts = [reward.text(run.prompts) for reward in run.rewards]
+    valued = run.rewards[: len(files)]
+    run.values, run.artifacts = load_values(files, backbone, valued, args.resolution)
+    distilled = backbone.transformer.config.get("guidance_embeds")
+    cfg = (1.0 if distilled else 4.5) if args.cfg is None else args.cfg
+    more = dict(null=run.null, cfg=cfg, checkpointing=args.checkpointing)
+    run.velocity = partial(backbone.velocity, **more)
+    run.share = shares_prefix(run.values, backbone, run.null, cfg) and backbone.transformer
+    for value in run.values:
+        if value.transformer is run.share:
+            value.null = run.null
+    if args.checkpointing:
+        backbone.vae.enable_gradient_checkpointing()
+    run.grid = backbone.grid(args.steps, args.resolution)
+    run.shape = backbone.latent_shape(args.resolution)
+    return run
 
 
-def cfg_of(args, transformer):
-    return args.cfg if args.cfg is not None else 1.0 if transformer.config.get("guidance_embeds") else 4.5
+def step_functions(run, rows):
+    """velocity(z, sigma) and {kind: gradient(z, sigma), or None} of a slice of the prompts."""
+    condition = [v[rows] for v in run.condition]
+    texts = [t if t is None else t[rows] for t in run.texts]
+    velocity = partial(run.velocity, condition=condition)
+    standard = partial(tweedie_gradient, velocity, run.backbone.decode, run.rewards, texts)
+    stitched = partial(stitchvm_gradient, velocity, run.values, texts, share=run.share)
+    return velocity, {"flow": None, "tweedie": standard, "stitchvm": stitched}
 
 
-def measure(step, weights):
-    """GFLOP of one step, and the MB that autograd keeps in it."""
-    with kept_for_backward(weights) as kept:
+def noise(args, shape, prompts):
+    """(steps + 1, B, *shape), standard normal; each prompt has a stream, at any batch size."""
+    streams = [generator(args.seed, "report", n) for n in prompts]
+    return torch.stack([torch.randn(args.steps + 1, *shape, generator=g) for g in streams], 1)
+
+
+def sample_batch(run, args, guides, prompts):
+    """Images uint8 (B, 3, H, W), seconds a sample, failures, peak bytes of a range of prompts."""
+    is_cuda = run.device.type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats(run.device)
+    velocity, gradients = step_functions(run, slice(prompts.start, prompts.stop))
+    guides = [(gradients[kind], c) for kind, c in guides]
+    began = now(run.device)
+    z, *noises = noise(args, run.shape, prompts).to(run.device)
+    z = sample(z, noises, run.grid, velocity, guides, args.guidance, NU[args.sampler])
+    failed = ~z.flatten(1).isfinite().all(1)
+    z[failed] = 0.0  # a sample that overflowed is scored as what it is, no image
+    x = run.backbone.decode(z)
+    seconds = (now(run.device) - began) / len(z)
+    peak = torch.cuda.max_memory_allocated(run.device) if is_cuda else 0
+    return (x * 255).round().to(torch.uint8).cpu(), seconds, int(failed.sum()), peak
+
+
+def kept_for_backward(step, weights=()):
+    """Bytes that autograd keeps while step() runs, without the weights of these modules."""
+    saved = {}
+
+    def save(t):  # the storage is held on to: a freed one's address would be used again
+        saved[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         step()
-    return gflop(step, next(weights[0].parameters()).device), sum(s.nbytes() for s in kept.values()) / 1e6
+    for t in (t for m in weights for t in (*m.parameters(), *m.buffers())):
+        saved.pop(t.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
-def peak_rss_mb():
-    """The process' largest resident memory so far; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+def costs(run, kinds):
+    """{kind: (GFLOP, bytes that autograd keeps)} of a step of one sample, and of decoding it."""
+    velocity, gradients = step_functions(run, slice(0, 1))
+    point = [torch.full(shape, 0.5, device=run.device) for shape in ((1, *run.shape), (1,))]
+    steps = {kind: partial(gradients[kind] or velocity, *point) for kind in kinds}
+    steps["decode"] = partial(run.backbone.decode, point[0])
+    frozen = [run.backbone.transformer, run.backbone.vae, *(r.model for r in run.rewards)]
+    frozen += [module for v in run.values for module in (v, v.transformer)]
+    return {k: (gflop(step), kept_for_backward(step, frozen)) for k, step in steps.items()}
 
 
 @torch.no_grad()
 def main(args):
-    if args.dry_run:
-        return dry_run(args)
-    names, device, nu = args.reward.split("+"), torch.device(args.device), (lambda t: 0.0) if args.sampler == "ode" else (lambda t: 3 * t * t)
-    strengths = {kind: getattr(args, f"strengths_{kind}") for kind in ("tweedie", "stitchvm") if any(kind in m for m in args.methods)}
-    sweep = any(len(cs) > 1 for cs in strengths.values())
-    if not 1 >= args.guide_from > args.guide_to >= 0 or args.steps < 2:
-        fail(f"--steps must be at least 2 and 1 >= --guide-from > --guide-to >= 0, not {args.steps}, {args.guide_from:g} and {args.guide_to:g}")
-    if not args.prompts or sweep and not args.tune_prompts:
-        fail("--prompts FILE is needed, and --tune-prompts FILE to choose among several strengths")
-    splits = {"tune": load_prompts(args.tune_prompts)[:args.tune_limit] if sweep else [], "report": load_prompts(args.prompts)[:args.limit]}
-    for split, rows in splits.items():
-        if len(rows) < 2 and (sweep or split == "report"):
-            fail(f"{len(rows)} prompts to {split} on: a standard error needs two at least")
-    if repeated := {r["prompt"] for r in splits["tune"]} & {r["prompt"] for r in splits["report"]}:
-        print(f"warning: {len(repeated)} of the prompts to report on are also tuned on")
-    files = value_files(args, names) if "stitchvm" in strengths else []  # before anything that takes long
-
-    backbone = Backbone(args.backbone, args.preset, device, getattr(torch, args.dtype))
-    prompts = [r["prompt"] for rows in splits.values() for r in rows]
-    embedded = encode_prompts(backbone, ["", *prompts], cache=args.out)
-    null, embedded = [v[:1] for v in embedded], [v[1:] for v in embedded]
-    rewards = [Reward(name, args.preset, device) for name in names]
-    texts = [reward.encode_text(prompts) if reward.uses_text else None for reward in rewards]
-    values, artifacts = load_values(files, backbone, rewards, args.resolution)
-    cfg = cfg_of(args, backbone.transformer)
-    share = shares_prefix(values, backbone, null, cfg)
-    for value in values if share else ():
-        if value.transformer is backbone.transformer:
-            value.null = null
-    if args.checkpointing:
-        backbone.vae.enable_gradient_checkpointing()
-    shape = (backbone.vae.config.latent_channels, args.resolution // 8, args.resolution // 8)
-    grid_of = lambda steps: backbone.grid(steps, torch.empty(1, *shape)).tolist()
-    of = lambda rows: [t if t is None else t[rows] for t in texts]
-    functions = lambda rows: step_functions(backbone, rewards, values, [v[rows] for v in embedded], null, of(rows), cfg, share, args.checkpointing)
-    frozen = [backbone.transformer, backbone.vae, *[r.model for r in rewards], *values, *[v.transformer for v in values]]
-
-    velocity, gradients = functions(slice(0, 1))
-    z, sigma = torch.randn(1, *shape).to(device), torch.full((1,), 0.5, device=device)
-    cost = {kind: measure(lambda: step(z, sigma), frozen) for kind, step in {"flow": velocity, **{k: gradients[k] for k in strengths}}.items()}
-    cost["decode"] = measure(lambda: backbone.decode(z), frozen)
-
-    def new_run(method, c, steps=args.steps):
-        """A row to be: guides are (kind, c, from, to)."""
-        if method == "stitchvm+tweedie":
-            guides = [("stitchvm", c, args.guide_from, args.handover), ("tweedie", chosen["tweedie"], min(args.guide_from, args.handover), args.guide_to)]
-        else:
-            guides = [] if method == "flow" else [(method.split(",")[0], c, args.guide_from, args.guide_to)]
-        guides = [(kind, c, top, max(bottom, args.guide_to)) for kind, c, top, bottom in guides]
-        return dict(method=method, strength=c, steps=steps, guides=guides, seconds=0.0, peak=0, failed=0, images=[], V={})
-
-    def sample_split(split, runs):
-        """Batch by batch, every run in turn, so that whatever else the machine does falls on all of them; the images and times are left in the runs."""
-        first, n, gradients_at = len(splits["tune"]) * (split == "report"), len(splits[split]), {}
-        for k in tqdm(range(0, n, args.batch), desc=split):
-            own = range(k, min(k + args.batch, n))
-            rows = slice(first + own.start, first + own.stop)
-            velocity, gradients = functions(rows)
-            if k == 0:  # the first call at a batch size is slower: it belongs to nobody's time
-                for step in (velocity, *[gradients[kind] for kind in strengths], lambda z, sigma: backbone.decode(z)):
-                    step(torch.randn(len(own), *shape).to(device), torch.full((len(own),), 0.5, device=device))
-            for run in runs:
-                grid, noises = grid_of(run["steps"]), noise_streams(args.seed, split, own, shape)
-                keep = range(0, run["steps"], max(1, run["steps"] // 20)) if split == "report" and values else ()
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                began = now(device)
-                z, kept = sample(next(noises).to(device), noises, grid, velocity, [(gradients[kind], *g) for kind, *g in run["guides"]], args.guidance, nu, keep)
-                good = z.flatten(1).isfinite().all(1)
-                x = backbone.decode(torch.where(good.view(-1, 1, 1, 1), z, 0.0))  # a sample that overflowed is scored as what it is, no image
-                run["seconds"] += now(device) - began
-                run["peak"] = max(run["peak"], torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
-                run["failed"] += int((~good).sum())
-                run["images"].append((x * 255).round().to(torch.uint8).cpu())
-                for node, zt in kept.items():
-                    sigma = torch.full((len(zt),), grid[node], device=device)
-                    run["V"].setdefault(grid[node], []).append(joint_value(values, zt, sigma, of(rows))[0].cpu())
-                    if k < 16 and run["method"] == "flow" and len(strengths) == 2:
-                        gradients_at.setdefault(grid[node], []).append([gradients[kind](zt, sigma)[2].flatten(1).cpu() for kind in ("stitchvm", "tweedie", "unprompted")])
-        images = [torch.cat(run["images"]) for run in runs]
-        scorers = reward_and_scorers(rewards, args.preset, device)  # loaded here and freed, which leaves sampling its memory
-        scores = [score_images(scorers, x, prompts[first:first + n], device=device) for x in images]
-        agreement = []
-        for t, pairs in gradients_at.items():
-            a, b, c = (torch.cat(v) for v in zip(*pairs))
-            ratio, ok = a.norm(dim=1) / b.norm(dim=1).clamp(min=1e-12), (a.isfinite() & b.isfinite() & c.isfinite()).all(1)
-            if ok.sum() > 1:
-                cosines = {"cosine": F.cosine_similarity(a, b)[ok], "cosine_unprompted": F.cosine_similarity(a, c)[ok]}
-                agreement.append(dict(sigma=t, **mean_and_error(cosines | {"norm_ratio": ratio[ok]})))
-        return images, scores, agreement
-
-    def rows_of(split, runs, scores):
-        """The table's rows, with ratios to plain sampling in the same run."""
-        rows = []
-        for run, s in zip(runs, scores):
-            used = [(g or ["flow"])[0] for g in (guide_at(run["guides"], t) for t in grid_of(run["steps"])[:-1])]
-            window = [args.guide_from, args.guide_to] if run["guides"] else None
-            rows.append(dict(method=run["method"], strength=run["strength"], split=split, window=window, steps=run["steps"], n=len(s["reward"]), **mean_and_error(s),
-                             s_per_sample=run["seconds"] / len(s["reward"]), gflop_per_sample=sum(cost[kind][0] for kind in used) + cost["decode"][0],
-                             peak_memory_mb=run["peak"] / 1e6 if run["peak"] else max(cost[kind][1] for kind in used), failed=run["failed"]))
-            if run["method"] == "stitchvm+tweedie":
-                rows[-1]["strength_tweedie"] = chosen["tweedie"]
-        for plain in [r for r in rows if r["method"] == "flow"]:
-            for r in rows:
-                r.update(time_of_flow=r["s_per_sample"] / plain["s_per_sample"], gflop_of_flow=r["gflop_per_sample"] / plain["gflop_per_sample"])
-        return rows
-
-    rows, chosen, fewer = [], {kind: cs[0] for kind, cs in strengths.items()}, None
-    if sweep:
-        runs = [new_run("flow", 0.0), *[new_run(kind, c) for kind, cs in strengths.items() for c in cs]]
-        _, scores, _ = sample_split("tune", runs)
-        if args.equal_time and len(strengths) == 2:  # a second call, now that it is known how long the others take
-            spent = {kind: sum(run["seconds"] for run in runs if run["method"] == kind) / len(cs) for kind, cs in strengths.items()}
-            fewer = max(2, round(args.steps * spent["stitchvm"] / spent["tweedie"]))
-            again = [new_run(EQUAL, c, fewer) for c in strengths["tweedie"]]
-            runs, scores = runs + again, scores + sample_split("tune", again)[1]
-        rows += rows_of("tune", runs, scores)
-        for kind in dict.fromkeys(run["method"] for run in runs[1:]):
-            swept = {run["strength"]: s for run, s in zip(runs, scores) if run["method"] == kind}
-            chosen[kind] = choose_strength(swept, scores[0], {Path(name).name for name in names}, args.tolerance)
-    runs = [new_run(m, 0.0 if m == "flow" else chosen["stitchvm" if "stitchvm" in m else "tweedie"]) for m in METHODS if m in args.methods]
-    if fewer:
-        runs.append(new_run(EQUAL, chosen[EQUAL], fewer))
-    images, scores, agreement = sample_split("report", runs)
-    rows += rows_of("report", runs, scores)
-    finite = lambda v: v[v.isfinite()]
-    trajectory = [dict(method=run["method"], sigma=t, **mean_and_error({"V": finite(torch.cat(v))})) for run in runs for t, v in run["V"].items()]
-
-    metrics = [k for k in scores[0] if k != "reward"]
-    print_table(rows, ("method", "strength", "split", "steps", "n", "reward", "reward_se", *metrics,
-                       "s_per_sample", "time_of_flow", "gflop_per_sample", "gflop_of_flow", "peak_memory_mb", "failed"))
-    save_table(args, "05_dps", rows, chosen=chosen, shared=share, trajectory=trajectory, agreement=agreement, peak_rss_mb=peak_rss_mb(),
-               values=[dict(stage=a["stage"], id=a["id"]) for a in artifacts])
-    out, title = Path(args.out), f"{args.reward} + {args.backbone}, {args.sampler}, {args.guidance} guidance"
-    if sweep:
-        draw_strength([r for r in rows if r["split"] == "tune"], chosen, metrics, out / "05_strength.png", title)
-    shown = min(8, len(images[0]))
-    save_image_grid([x[:shown].float() / 255 for x in images], [run["method"] for run in runs], [r["prompt"] for r in splits["report"][:shown]], out / "05_grid.png")
-    if trajectory:
-        draw_value(trajectory, agreement, rows, out / "05_value.png", title)
-    if args.save_images:
-        for run, x in zip(runs, images):
-            write_geneval(out / "images" / run["method"], splits["report"], [(v.float() / 255)[None] for v in x])
-
-
-def dry_run(args):
-    rewards = [Reward(name, args.preset, "meta", weights=False) for name in args.reward.split("+")]
-    backbone, null = meta_backbone(args.backbone)
-    cfg = cfg_of(args, backbone.transformer)
-    z, sigma = torch.empty(1, 16, args.resolution // 8, args.resolution // 8, device="meta"), torch.empty(1, device="meta")
-    texts = [torch.empty(1, r.visual.output_dim, device="meta") for r in rewards]
-    functions = lambda values, share, checkpointing: step_functions(backbone, rewards, values, null, null, texts, cfg, share, checkpointing)
-    weights, towers = [backbone.transformer, backbone.vae], [r.model for r in rewards]
-    steps = {"flow": (torch.no_grad()(functions([], False, False)[0]), weights)}
-    for checkpointing in (False, True):
-        steps["tweedie" + ", checkpointing" * checkpointing] = functions([], False, checkpointing)[1]["tweedie"], weights + towers
-    for i in (4, 12):  # the paper's choice for CLIP on SD 3.5 Medium, and a late one: the search decides
-        values = [meta_value(backbone, null, reward, i, args.resolution)[0].requires_grad_(False) for reward in rewards]
-        for share in (False, True) if cfg != 1 else (False,):
-            steps[f"stitchvm, i = {i}" + ", shared" * share] = functions(values, share, False)[1]["stitchvm"], weights + values
-    cases = []
-    for method, (step, models) in steps.items():
-        backbone.vae.enable_gradient_checkpointing() if "checkpointing" in method else backbone.vae.disable_gradient_checkpointing()
-        tflop, saved = count(lambda: step(z, sigma), models)
-        cases.append(dict(method=method, unit="step", tflop=tflop, saved_gib=saved, peak_gib=gib(*models) + saved, n=args.steps * 200))  # DrawBench's prompts
-        cases[-1]["of_flow"] = tflop / cases[0]["tflop"]
-    report_dry_run(args, "05_dps", cases, [*weights, *towers])
-
-
-COLOURS = {"flow": "black", "tweedie": "tab:orange", "stitchvm": "tab:red", "stitchvm+tweedie": "tab:purple", EQUAL: "tab:brown"}
-
-
-def draw_strength(rows, chosen, metrics, path, title):
-    import matplotlib.pyplot as plt
-    keys = ["reward", *metrics]
-    figure, axes = plt.subplots(1, len(keys), figsize=(3.1 * len(keys), 3.3))
-    for axis, key in zip(axes, keys):
-        plain = rows[0]
-        axis.axhline(plain[key], color="black", ls="--", label="flow")
-        axis.axhspan(plain[key] - plain[f"{key}_se"], plain[key] + plain[f"{key}_se"], color="black", alpha=0.1, lw=0)
-        for method in dict.fromkeys(r["method"] for r in rows[1:]):
-            mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["strength"])
-            axis.errorbar([r["strength"] for r in mine], [r[key] for r in mine], [r[f"{key}_se"] for r in mine], marker="o", ms=4, capsize=2, color=COLOURS[method], label=method)
-            axis.plot(*zip(*[(r["strength"], r[key]) for r in mine if r["strength"] == chosen[method]]), "o", ms=11, mfc="none", color=COLOURS[method])
-        ticks = sorted({r["strength"] for r in rows[1:]})
-        axis.set(xscale="log", xlabel="strength c", title="guiding reward" if key == "reward" else key)
-        axis.set_xticks(ticks, [f"{c:g}" for c in ticks], fontsize=7)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.suptitle(f"{title}; {rows[0]['n']} tuning prompts; circles: chosen")
-    save_figure(figure, path)
-
-
-def draw_value(trajectory, agreement, rows, path, title):
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 1 + bool(agreement), figsize=(5.2 * (1 + bool(agreement)), 3.6), squeeze=False)
-    for method in dict.fromkeys(r["method"] for r in trajectory):
-        mine, end_of = [r for r in trajectory if r["method"] == method], next(r for r in rows if r["method"] == method and r["split"] == "report")
-        x, y, e = ([r[k] for r in mine] for k in ("sigma", "V", "V_se"))
-        axes[0, 0].plot(x, y, color=COLOURS[method], label=method)
-        axes[0, 0].fill_between(x, [a - b for a, b in zip(y, e)], [a + b for a, b in zip(y, e)], color=COLOURS[method], alpha=0.2, lw=0)
-        axes[0, 0].errorbar([0], end_of["reward"], end_of["reward_se"], fmt="s", ms=4, capsize=2, color=COLOURS[method])
-    axes[0, 0].set(xlabel="sigma", title="V along sampling (mean, standard error);\nsquares: the clean reward of the images")
-    axes[0, 0].legend(fontsize=8)
-    if agreement:
-        axis = axes[0, 1]
-        for key, name in (("cosine", "cosine"), ("cosine_unprompted", "cosine with tweedie's without prompt and CFG")):
-            axis.errorbar([r["sigma"] for r in agreement], [r[key] for r in agreement], [r[f"{key}_se"] for r in agreement], marker="o", ms=3, capsize=2, label=name)
-        axis.plot([r["sigma"] for r in agreement], [r["norm_ratio"] for r in agreement], "s:", ms=3, label="|grad V| / |grad r(D(zhat_0))|")
-        axis.set(xlabel="sigma", title="stitchvm's gradient against tweedie's,\nat plain sampling's latents")
-        axis.legend(fontsize=8)
-    for axis in axes[0]:
-        axis.invert_xaxis()
-        axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
+    if args.steps < 2 or not 1 >= args.guide_from > args.guide_to >= 0:
+        fail("--steps must be at least 2 and 1 >= --guide-from > --guide-to >= 0")
+    run = load(args)
+    runs = plan(args, run.grid)
+    cost = costs(run, {kind for _, guides in runs.values() for kind, _ in guides})
+    batches = {name: [] for name in runs}
+    for k in tqdm(range(0, len(run.rows), args.batch)):
+        prompts = range(len(run.rows))[k : k + args.batch]
+        for name, (_, guides) in runs.items():  # in turn: a busy machine falls on all of them
+            batches[name].append(sample_batch(run, args, guides, prompts))
+    images = [torch.cat([x for x, *_ in found]) for found in batches.values()]
+    given = (torch.cat(images), run.prompts * len(runs))
+    scores = score_images(args.scorers, run.rewards, args.preset, run.device, *given)
+    scores = {k: x.view(len(runs), -1) for k, x in scores.items()}
+    for n, (name, (row, guides)) in enumerate(runs.items()):
+        _, seconds, failed, peaks = zip(*batches[name], strict=True)
+        row |= dict(steps=args.steps, n=len(run.rows), failed=sum(failed))
+        row |= mean_and_error({k: x[n] for k, x in scores.items()})
+        row["s_per_sample"], row["s_spread"] = timing(seconds)
+        row["gflop_per_sample"] = cost["decode"][0] + sum(cost[kind][0] for kind, _ in guides)
+        row["peak_memory_mb"] = max(*peaks, *(cost[kind][1] for kind, _ in guides)) / 1e6
+        if args.save_images:
+            row["images"] = f"05_images/{name}"
+            write_images(Path(args.out, row["images"]), run.rows, images[n][:, None])
+    rows = [row for row, _ in runs.values()]
+    errors = {f"{k}_se" for k in scores if k != "reward"}
+    print_table(rows, [k for k in rows[-1] if k not in errors | {"images"}])
+    if max(row["s_spread"] for row in rows) > 0.5:
+        print("warning: the machine was busy with something else: do not rely on the seconds")
+    about = dict(shared=bool(run.share), values=[a["id"] for a in run.artifacts])
+    by_prompt = [{k: x[n].tolist() for k, x in scores.items()} for n in range(len(rows))]
+    save_table(args, "05_dps", rows, **about, scores_of_prompts=by_prompt)
+    draw_lines(rows, "strength", list(scores), "method", Path(args.out, "05_strength.png"))
+    image_grid([x[:8] for x in images], list(runs), run.prompts[:8], Path(args.out, "05_grid.png"))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
-"""Stage 05: guidance on Gaussian data where the tilted law is known, gradients and shared prefixes against references, the rule, and short runs as a user runs them."""
+"""Stage 05: guidance on Gaussian data whose tilted law is known, gradients and shared prefixes
+against references, and short runs as a user runs them."""
+
 import importlib
 import json
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import agreement
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from test_common import NULL, small_sd3, small_value, two_rewards
 from torch.testing import assert_close
 
 import common
-from test_common import NULL, small_sd3, small_value, two_rewards
 
 dps = importlib.import_module("05_dps")
 ROOT = Path(__file__).resolve().parents[1]
-SQUARE, ODE = (lambda t: 3 * t * t), (lambda t: 0.0)
+SQUARE = dps.NU["sde"]
+ODE = dps.NU["ode"]
+SAMPLERS = pytest.mark.parametrize("nu", [SQUARE, ODE], ids=["sde", "ode"])
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +31,8 @@ def seed():
     torch.manual_seed(0)
 
 
-# ---------------------------------------------------------------------------- Gaussian data, r(z_0) = lam z_0: everything is known
+# ---------------------------------------------------------------------------- Gaussian data
+# r(z_0) = lam z_0, so everything is known
 M, V = 0.7, 0.25
 
 
@@ -39,69 +46,94 @@ def gaussian_velocity(z, t):
 
 def gaussian_gradient(lam):
     """(z, sigma) -> u, V and dV/dz of V_t = lam E[z_0 | z_t]."""
+
     def gradient(z, sigma):
         t = sigma.double().view(-1, 1)
         slope = (1 - t) * V / ((1 - t) ** 2 * V + t * t)
-        return gaussian_velocity(z, t), lam * (M + slope * (z - (1 - t) * M))[:, 0], (lam * slope).expand_as(z)
+        value = lam * (M + slope * (z - (1 - t) * M))[:, 0]
+        return gaussian_velocity(z, t), value, (lam * slope).expand_as(z)
+
     return gradient
 
 
-def propagate(grid, guides, form="exact", nu=SQUARE):
-    """Mean and variance at 0 of the sampler from N(0, 1): a step is affine in z and noise, its coefficients are read off at three points."""
-    mean, variance = 0.0, 1.0
-    points, noise = torch.tensor([[0.0], [1.0], [0.0]]).double(), torch.tensor([[0.0], [0.0], [1.0]]).double()
-    for t, t_next in zip(grid, grid[1:]):
-        z, _ = dps.sample(points, iter([noise]), [t, t_next], lambda z, s: gaussian_velocity(z, s.double().view(-1, 1)), guides, form, nu)
+def plain_velocity(z, sigma):
+    return gaussian_velocity(z, sigma.double().view(-1, 1))
+
+
+def propagate(grid, guide, top=1.0, bottom=0.0, form="exact", nu=SQUARE):
+    """Mean and variance at 0 of the sampler from N(0, 1), guided at top >= t > bottom.
+
+    A step is affine in z and noise: its coefficients are read off at three points.
+    """
+    mean = 0.0
+    variance = 1.0
+    points = torch.tensor([[0.0], [1.0], [0.0]]).double()
+    noise = torch.tensor([[0.0], [0.0], [1.0]]).double()
+    for t, t_next in zip(grid, grid[1:], strict=False):
+        guides = [guide if top >= t > bottom else (None, 0)]
+        z = dps.sample(points, [noise], [t, t_next], plain_velocity, guides, form, nu)
         shift, slope, spread = z[:, 0].tolist()
-        mean, variance = (slope - shift) * mean + shift, (slope - shift) ** 2 * variance + (spread - shift) ** 2
+        mean = (slope - shift) * mean + shift
+        variance = (slope - shift) ** 2 * variance + (spread - shift) ** 2
     return mean, variance
 
 
-@pytest.mark.parametrize("nu", [SQUARE, ODE], ids=["sde", "ode"])
+@SAMPLERS
 @pytest.mark.parametrize("lam, c", [(1.0, 1.0), (-0.5, 4.0)])
 def test_exact_guidance_samples_the_tilted_law(nu, lam, c):
     """p(z_0) exp(c r(z_0)) is N(M + c lam V, V). The unguided first step costs O(1 / steps)."""
     error = {}
     for steps in (200, 400):
-        mean, variance = propagate(sd3_grid(steps), [(gaussian_gradient(lam), c, 1.0, 0.0)], nu=nu)
+        mean, variance = propagate(sd3_grid(steps), (gaussian_gradient(lam), c), nu=nu)
         error[steps] = abs(mean - (M + c * lam * V))
         assert variance == pytest.approx(V, abs=0.01)
     assert error[400] < 5e-4 * abs(c * lam) and error[400] < 0.6 * error[200] + 2e-5
-    assert propagate(sd3_grid(200), [], nu=nu)[0] == pytest.approx(M, abs=1e-5)
+    assert propagate(sd3_grid(200), (None, 0), nu=nu)[0] == pytest.approx(M, abs=1e-5)
 
 
 def test_a_thousand_samples_at_once():
-    """The same law by sampling: mean and variance within four standard errors, all samples in one batch and each with its own gradient."""
-    n, lam, grid = 4000, 1.0, sd3_grid(100)
+    """The same law by sampling: mean and variance within four standard errors, all samples in one
+    batch and each with its own gradient."""
+    n, steps = 4000, 100
     g = torch.Generator().manual_seed(1)
-    noises = iter([torch.randn(n, 1, generator=g) for _ in range(101)])
-    z, _ = dps.sample(next(noises), noises, grid, None, [(gaussian_gradient(lam), 1.0, 1.0, 0.0)])
-    exact = propagate(grid, [(gaussian_gradient(lam), 1.0, 1.0, 0.0)])
-    assert abs(float(z.mean()) - exact[0]) < 4 * (V / n) ** 0.5 and abs(float(z.var()) - exact[1]) < 4 * V * (2 / n) ** 0.5
+    z, *noises = [torch.randn(n, 1, generator=g) for _ in range(steps + 1)]
+    guide = (gaussian_gradient(1.0), 1.0)
+    z = dps.sample(z, noises, sd3_grid(steps), None, [guide] * steps)
+    exact = propagate(sd3_grid(steps), guide)
+    assert abs(float(z.mean()) - exact[0]) < 4 * (V / n) ** 0.5
+    assert abs(float(z.var()) - exact[1]) < 4 * V * (2 / n) ** 0.5
 
 
 def test_guidance_above_and_below_add_up_on_linear_rewards():
-    """Everything is affine here, so what the two halves of the window move the mean by is what the whole one does."""
-    moved = lambda top, bottom: propagate(sd3_grid(60), [(gaussian_gradient(1.0), 1.0, top, bottom)])[0] - M
+    """Everything is affine here, so what the two halves of the window move the mean by is what the
+    whole one does."""
+
+    def moved(top, bottom):
+        return propagate(sd3_grid(60), (gaussian_gradient(1.0), 1.0), top, bottom)[0] - M
+
     assert moved(1.0, 0.5) > 0.01 and moved(0.5, 0.0) > 0.01
     assert moved(1.0, 0.5) + moved(0.5, 0.0) == pytest.approx(moved(1.0, 0.0), abs=1e-5)
 
 
-# ---------------------------------------------------------------------------- the forms of guidance, windows, handover
+# ---------------------------------------------------------------------------- forms of guidance
 def test_guidance_by_hand():
-    """d (t/(1-t) + 4.5 t^4) c grad at t = 1/2, the ODE without the second term, and the two forms without the factor."""
+    """d (t/(1-t) + 4.5 t^4) c grad at t = 1/2, the ODE without the second term, and the two forms
+    without the factor."""
     grad = torch.tensor([[3.0, 4.0], [0.0, 0.6]])
     assert_close(dps.guidance(grad, 0.5, 0.4, 10.0), 0.1 * 10 * (1 + 4.5 / 16) * grad)
     assert_close(dps.guidance(grad, 0.5, 0.4, 10.0, nu=ODE), 0.1 * 10 * grad)
     assert_close(dps.guidance(grad, 0.5, 0.4, 10.0, "constant"), 0.1 * 10 * grad)
-    assert_close(dps.guidance(grad, 0.5, 0.4, 10.0, "unit"), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+    unit = torch.tensor([[0.6, 0.8], [0.0, 1.0]])
+    assert_close(dps.guidance(grad, 0.5, 0.4, 10.0, "unit"), unit)
 
 
 def test_the_first_step_is_finite():
-    """At t = 1 the gradient of a trained V is not exactly zero, and (39) multiplies it by infinity; just below it is finite."""
+    """At t = 1 the gradient of a trained V is not exactly zero, and (39) multiplies it by infinity;
+    just below it is finite."""
     grad = torch.randn(2, 3)
     assert torch.equal(dps.guidance(grad, 1.0, 0.99, 10.0), torch.zeros(2, 3))
-    assert_close(dps.guidance(grad, 0.99, 0.98, 10.0), 0.1 * (99 + 4.5 * 0.99 ** 4) * grad, rtol=1e-4, atol=0)
+    below = 0.1 * (99 + 4.5 * 0.99**4) * grad
+    assert_close(dps.guidance(grad, 0.99, 0.98, 10.0), below, rtol=1e-4, atol=0)
     assert dps.guidance(grad, 1.0, 0.99, 10.0, "constant").abs().max() > 0
 
 
@@ -115,50 +147,90 @@ def test_unit_guidance_moves_every_sample_as_far():
     assert torch.equal(dps.guidance(0 * grad, 0.7, 0.5, 5.0, "unit"), 0 * grad)
 
 
-def guided_at(guides, grid):
-    """{name of the guide: noise levels at which it was called}, None for plain steps; and whether guidance moved z there."""
-    seen = []
-
-    def gradient(name):
-        return lambda z, sigma: (seen.append((name, float(sigma[0]))), (torch.zeros_like(z), None, torch.ones_like(z)))[1]
-
-    def velocity(z, sigma):
-        seen.append((None, float(sigma[0])))
-        return torch.zeros_like(z)
-
-    noises = iter([torch.zeros(2, 1)] * len(grid))
-    dps.sample(torch.zeros(2, 1), noises, grid, velocity, [(gradient(name), *rest) for name, *rest in guides], "constant", ODE)
-    assert [t for _, t in seen] == pytest.approx(grid[:-1])  # one call for each step, none for 0
-    return [name for name, _ in seen]
-
-
+# ---------------------------------------------------------------------------- rows and windows
 GRID = [1.0, 0.75, 0.5, 0.25, 0.125, 0.0]
 
 
-@pytest.mark.parametrize("top, bottom, expected", [(1, 0, "sssss"), (1, 0.5, "ss---"), (0.5, 0, "--sss"), (0.75, 0.25, "-ss--"), (1, 0.6, "ss---"), (0.6, 0, "--sss")])
+def planned(grid=GRID, **flags):
+    usual = dict(methods=dps.METHODS, strengths_tweedie=[1.0], strengths_stitchvm=[2.0])
+    usual |= dict(guide_from=1.0, guide_to=0.0, handover=0.25)
+    return dps.plan(Namespace(**usual | flags), grid)
+
+
+def guided_at(guides):
+    """The kinds that are called at the steps of GRID, each of which is called once."""
+    seen = []
+
+    def velocity(z, sigma):
+        seen.append(("flow", float(sigma[0])))
+        return torch.zeros_like(z)
+
+    def gradient(kind, z, sigma):
+        seen.append((kind, float(sigma[0])))
+        return torch.zeros_like(z), None, torch.ones_like(z)
+
+    calls = [(None if kind == "flow" else partial(gradient, kind), c) for kind, c in guides]
+    noises = [torch.zeros(2, 1)] * (len(GRID) - 1)
+    z = dps.sample(torch.zeros(2, 1), noises, GRID, velocity, calls, "constant", ODE)
+    assert [t for _, t in seen] == pytest.approx(GRID[:-1])  # one call for each step, none for 0
+    moves = [c * (a - b) for (_, c), a, b in zip(guides, GRID, GRID[1:], strict=False)]
+    assert_close(z, torch.full((2, 1), sum(moves)))
+    return "".join(kind[0] for kind, _ in seen)
+
+
+WINDOWS = [(1, 0, "sssss"), (1, 0.5, "ssfff"), (0.5, 0, "ffsss")]
+WINDOWS += [(0.75, 0.25, "fssff"), (1, 0.6, "ssfff"), (0.6, 0, "ffsss")]
+
+
+@pytest.mark.parametrize("top, bottom, expected", WINDOWS)
 def test_windows(top, bottom, expected):
     """sigma > .5 and sigma <= .5 share no step and leave none out."""
-    assert ["-" if n is None else n for n in guided_at([("s", 1.0, top, bottom)], GRID)] == list(expected)
+    runs = planned(guide_from=top, guide_to=bottom)
+    assert guided_at(runs["stitchvm_2"][1]) == expected
+    assert guided_at(runs["tweedie_1"][1]) == expected.replace("s", "t")
+    assert guided_at(runs["flow_0"][1]) == "fffff"
 
 
 def test_handover():
-    assert guided_at([("s", 1.0, 1.0, 0.25), ("t", 1.0, 0.25, 0.0)], GRID) == ["s", "s", "s", "t", "t"]
-    assert guided_at([("s", 1.0, 0.75, 0.25), ("t", 1.0, 0.25, 0.2)], GRID) == [None, "s", "s", "t", None]
+    both = "stitchvm+tweedie_2_1"
+    assert guided_at(planned()[both][1]) == "ssstt"
+    assert guided_at(planned(guide_from=0.75, guide_to=0.2)[both][1]) == "fsstf"
+    assert guided_at(planned(handover=0.1)[both][1]) == "sssss"
+    assert guided_at(planned(handover=0.9, guide_from=0.5)[both][1]) == "ffttt"
 
 
-def test_what_sample_keeps_and_returns():
-    """z before the step of each kept node; the last step adds no noise; without guides it is the sampler alone."""
-    z, noises = torch.randn(2, 3), [torch.randn(2, 3) for _ in range(5)]
-    velocity = lambda z, s: 0.3 * z
-    out, kept = dps.sample(z, iter(noises), GRID, velocity, keep=(0, 2))
-    x, own = z, {}
-    for k, (t, t_next) in enumerate(zip(GRID, GRID[1:])):
-        own[k] = x
-        x = common.sde_step(x, 0.3 * x, t, t_next, noises[k])
-    assert torch.equal(out, x) and kept.keys() == {0, 2} and all(torch.equal(kept[k], own[k]) for k in kept)
+def test_a_row_for_each_strength():
+    """The last method takes the lists in step, as far as the shorter goes."""
+    runs = planned(strengths_tweedie=[1.0, 2.5, 3.0], strengths_stitchvm=[10.0, 20.0])
+    rows = [row for row, _ in runs.values()]
+    methods = ["flow", *["tweedie"] * 3, *["stitchvm"] * 2, *["stitchvm+tweedie"] * 2]
+    assert [r["method"] for r in rows] == methods
+    assert [r["strength"] for r in rows] == [0, 1, 2.5, 3, 10, 20, 10, 20]
+    assert [r.get("strength_tweedie") for r in rows] == [None] * 6 + [1, 2.5]
+    assert list(runs)[-1] == "stitchvm+tweedie_20_2.5" and len(runs) == 8
+    assert {c for kind, c in runs["stitchvm+tweedie_20_2.5"][1] if kind == "tweedie"} == {2.5}
+    assert list(planned(methods=["tweedie"])) == ["tweedie_1"]
 
 
-# ---------------------------------------------------------------------------- gradients and the shared prefix
+def test_without_guides_it_is_the_sampler_alone():
+    """A step of common's for each noise level; the last one adds no noise."""
+    z, noises = torch.randn(2, 3), torch.randn(5, 2, 3)
+    seen = []
+
+    def velocity(z, sigma):
+        seen.append(z)
+        return 0.3 * z
+
+    found = dps.sample(z, noises, GRID, velocity, [(None, 0)] * 5)
+    for k, (t, t_next) in enumerate(zip(GRID, GRID[1:], strict=False)):
+        assert torch.equal(seen[k], z)
+        z = common.sde_step(z, 0.3 * z, t, t_next, noises[k])
+    assert torch.equal(found, z)
+    noises[-1] = 7
+    assert torch.equal(dps.sample(seen[0], noises, GRID, velocity, [(None, 0)] * 5), z)
+
+
+# ---------------------------------------------------------------------------- gradients
 @pytest.fixture(scope="module")
 def sd3():
     return small_sd3()
@@ -169,14 +241,27 @@ def rewards(tmp_path_factory):
     return two_rewards(tmp_path_factory)
 
 
+def random(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def batch(n=3):
-    g = torch.Generator().manual_seed(1)
-    random = lambda *shape: torch.randn(*shape, generator=g)
-    return random(n, 16, 10, 6), torch.rand(n, generator=g), [random(n, 5, 24), random(n, 20)], [F.normalize(random(n, 64), dim=-1) for _ in range(2)]
+    """z, sigma, condition, two rewards' texts."""
+    sigma = torch.rand(n, generator=torch.Generator().manual_seed(2))
+    texts = [F.normalize(random(n, 64, seed=s), dim=-1) for s in (5, 6)]
+    return random(n, 16, 10, 6), sigma, [random(n, 5, 24, seed=3), random(n, 20, seed=4)], texts
 
 
 def functions(sd3, rewards, values, condition, texts, cfg=4.5, share=False, checkpointing=False):
-    return dps.step_functions(SimpleNamespace(transformer=sd3, decode=decode, velocity=partial(common.velocity, sd3)), rewards, values, condition, NULL, texts, cfg, share, checkpointing)
+    """dps.step_functions of a small model for the whole batch."""
+    more = dict(null=NULL, cfg=cfg, checkpointing=checkpointing)
+    backbone = SimpleNamespace(velocity=partial(common.velocity, sd3), decode=decode)
+    run = SimpleNamespace(backbone=backbone, rewards=rewards, values=values, null=NULL)
+    run.velocity = partial(backbone.velocity, **more)
+    run.condition = condition
+    run.texts = texts
+    run.share = share and sd3
+    return dps.step_functions(run, slice(None))
 
 
 def decode(z):
@@ -188,262 +273,282 @@ def decode(z):
 def test_velocity_is_the_librarys(sd3, cfg):
     """Also with checkpointing, and when the null half is resumed after any block."""
     z, sigma, condition, _ = batch()
-    un, uc = (sd3(z, v[0].expand(3, -1, -1), v[1].expand(3, -1), sigma * 1000, return_dict=False)[0] for v in (NULL, condition))
+    null = [v.expand(3, *v.shape[1:]) for v in NULL]
+    un, uc = (sd3(z, *v, sigma * 1000, return_dict=False)[0] for v in (null, condition))
     expected = uc if cfg == 1 else un + cfg * (uc - un)
-    run = lambda **kw: common.velocity(sd3, z, sigma, condition, NULL, cfg, **kw)
-    assert_close(run(), expected, atol=1e-4, rtol=0)
-    assert_close(run(checkpointing=True), expected, atol=1e-4, rtol=0)
+    velocity = partial(common.velocity, sd3, z, sigma, condition, NULL, cfg)
+    assert_close(velocity(), expected, atol=1e-4, rtol=0)
+    assert_close(velocity(checkpointing=True), expected, atol=1e-4, rtol=0)
     for i in range(5) if cfg != 1 else ():
-        prefix = common.run_blocks(sd3, common.begin(sd3, z, sigma, *[v.expand(3, *v.shape[1:]) for v in NULL]), i)
-        assert_close(run(prefix=prefix), expected, atol=1e-4, rtol=0)
+        prefix = common.run_blocks(sd3, common.begin(sd3, z, sigma, *null), i)
+        assert_close(velocity(prefix=prefix), expected, atol=1e-4, rtol=0)
 
 
 def rows_run(sd3):
     """A list that fills with (block, batch) as the blocks are run, and what ends it."""
     seen = []
-    note = lambda k: lambda module, args, kwargs, out: seen.append((k, len(kwargs["hidden_states"])))
-    hooks = [b.register_forward_hook(note(k), with_kwargs=True) for k, b in enumerate(sd3.transformer_blocks)]
+
+    def note(k, module, args, kwargs, out):
+        seen.append((k, len(kwargs["hidden_states"])))
+
+    blocks = enumerate(sd3.transformer_blocks)
+    hooks = [b.register_forward_hook(partial(note, k), with_kwargs=True) for k, b in blocks]
     return seen, lambda: [h.remove() for h in hooks]
 
 
 @pytest.mark.parametrize("depths", [(2,), (4,), (1, 3), (3, 1), (2, 2)], ids=str)
 def test_shared_prefix_equals_unshared(sd3, rewards, depths):
-    """Velocity, value and gradient are the same; a block runs on three rows a sample where it is not shared, on two where it is, once for all values of a joint reward."""
+    """Velocity, value and gradient are the same; a block runs on three rows a sample where it is
+    not shared, on two where it is, once for all values of a joint reward."""
     z, sigma, condition, texts = batch()
-    values = [small_value(sd3, r, i) for r, i in zip(rewards, depths)]
+    values = [small_value(sd3, r, i) for r, i in zip(rewards, depths, strict=False)]
+    texts = texts[: len(values)]
     found = {}
     for share in (False, True):
         seen, stop = rows_run(sd3)
-        found[share] = functions(sd3, rewards, values, condition, texts, share=share)[1]["stitchvm"](z, sigma)
+        step = functions(sd3, rewards, values, condition, texts, share=share)[1]["stitchvm"]
+        found[share] = step(z, sigma)
         stop()
         rows = [sum(n for k, n in seen if k == block) // 3 for block in range(4)]
         assert rows == [2 + (not share and block < max(depths)) for block in range(4)]
-    for a, b in zip(found[False], found[True]):
+    for a, b in zip(found[False], found[True], strict=True):
         assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert not any(v.requires_grad for v in found[True]) and found[True][2].abs().amax((1, 2, 3)).min() > 0
-    alone = [value(z, sigma, text) for value, text in zip(values, texts)]
+    assert not any(v.requires_grad for v in found[True])
+    assert found[True][2].abs().amax((1, 2, 3)).min() > 0
+    alone = [value(z, sigma, text) for value, text in zip(values, texts, strict=True)]
     assert_close(found[True][1], sum(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_only_the_denoisers_own_prefix_is_resumed(sd3, rewards):
-    """A joint reward whose shallower value reads another transformer of the same shape, as Medium's value beside Large's own does."""
+    """A joint reward whose shallower value reads another transformer of the same shape, as Medium's
+    value beside Large's own does."""
     z, sigma, condition, texts = batch()
     other = small_sd3()
     torch._foreach_mul_([p.data for p in other.parameters()], 1.5)
     values = [small_value(sd3, rewards[0], 3), small_value(other, rewards[1], 1)]
-    apart, shared = (functions(sd3, rewards, values, condition, texts, share=share)[1]["stitchvm"](z, sigma) for share in (False, True))
-    for a, b in zip(apart, shared):
+    given = (sd3, rewards, values, condition, texts)
+    apart, shared = (
+        functions(*given, share=share)[1]["stitchvm"](z, sigma) for share in (False, True)
+    )
+    for a, b in zip(apart, shared, strict=True):
         assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_stitchvm_gradient_is_autograds_of_the_value(sd3, rewards):
-    """And the denoiser adds nothing to it and keeps nothing: what autograd keeps does not grow with the blocks after i."""
+@pytest.mark.parametrize("share", [False, True])
+def test_stitchvm_gradient_is_autograds_of_the_value(sd3, rewards, share):
+    """And the denoiser adds nothing to it and keeps nothing: what autograd keeps does not grow with
+    the blocks after i."""
     z, sigma, condition, texts = batch()
     value = small_value(sd3, rewards[0], 2)
-    step = functions(sd3, rewards, [value], condition, texts[:1])[1]["stitchvm"]
+    step = functions(sd3, rewards, [value], condition, texts[:1], share=share)[1]["stitchvm"]
     x = z.clone().requires_grad_()
-    expected, = torch.autograd.grad(value(x, sigma, texts[0]).sum(), x)
+    (expected,) = torch.autograd.grad(value(x, sigma, texts[0]).sum(), x)
     assert_close(step(z, sigma)[2], expected, atol=1e-6, rtol=1e-4)
-    with common.kept_for_backward([sd3, value]) as whole:
-        step(z, sigma)
-    with common.kept_for_backward([sd3, value]) as alone:
+
+    def alone():
         value(z.clone().requires_grad_(), sigma, texts[0]).sum().backward()
-    size = lambda kept: sum(s.nbytes() for s in kept.values())
-    assert size(whole) == pytest.approx(size(alone), rel=0.01)
+
+    whole = dps.kept_for_backward(partial(step, z, sigma), [sd3, value])
+    assert whole == pytest.approx(dps.kept_for_backward(alone, [sd3, value]), rel=0.01)
     assert not z.requires_grad and z.grad is None
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """By hand, in bytes: a product keeps both factors, a storage counts once, weights do not."""
+    x = torch.ones(5, requires_grad=True)
+    y = torch.ones(5)
+    assert dps.kept_for_backward(lambda: x * y) == 20  # y needs no gradient: x is not kept
+    assert dps.kept_for_backward(lambda: x * x) == 20
+    assert dps.kept_for_backward(lambda: (x * y).sum() + (x[:2] * y[:2]).sum()) == 20
+    linear = torch.nn.Linear(5, 3)
+    assert dps.kept_for_backward(lambda: linear(x)) == 20 + 60
+    assert dps.kept_for_backward(lambda: linear(x), [linear]) == 20
+    with torch.no_grad():
+        assert dps.kept_for_backward(lambda: x * y) == 0
 
 
 def test_a_step_along_the_gradient_raises_the_value(sd3, rewards):
     z, sigma, condition, texts = batch()
     value = small_value(sd3, rewards[0], 2)
-    _, before, grad = functions(sd3, rewards, [value], condition, texts[:1])[1]["stitchvm"](z, sigma)
+    step = functions(sd3, rewards, [value], condition, texts[:1])[1]["stitchvm"]
+    _, before, grad = step(z, sigma)
     for form in ("exact", "constant", "unit"):
         move = dps.guidance(grad, 0.6, 0.5, 1.0, form)
         small = 0.05 * move / move.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        assert (value(z + small, sigma, texts[0]) > before).all() and (value(z - small, sigma, texts[0]) < before).all()
+        assert (value(z + small, sigma, texts[0]) > before).all()
+        assert (value(z - small, sigma, texts[0]) < before).all()
+
+
+def chain(sd3, rewards, condition, texts, sigma, cfg, z):
+    """Tweedie's value by the library's own forward and open_clip's own towers."""
+    text, pooled = (torch.cat([n.expand_as(c), c]) for n, c in zip(NULL, condition, strict=True))
+    times = torch.cat([sigma, sigma]) * 1000
+    un, uc = sd3(torch.cat([z, z]), text, pooled, times, return_dict=False)[0].chunk(2)
+    x = decode(z - sigma.view(-1, 1, 1, 1) * (cfg * uc + (1 - cfg) * un))
+    total = 0
+    for reward, t in zip(rewards, texts, strict=True):
+        e = reward.model.encode_image(reward.normalise(reward.resize(x)))
+        total = total + (F.normalize(e, dim=-1) * t).sum(-1)
+    return total
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.5])
 def test_tweedie_gradient(sd3, rewards, cfg):
-    """Against central differences of a chain written with the library's own forward and open_clip's own towers, of a joint reward, through both halves of the guided velocity."""
+    """Against central differences, of a joint reward, through both halves of the velocity."""
     z, sigma, condition, texts = batch(2)
-
-    def chain(z):
-        text, pooled = (torch.cat([n.expand_as(c), c]) for n, c in zip(NULL, condition))
-        un, uc = sd3(torch.cat([z, z]), text, pooled, torch.cat([sigma, sigma]) * 1000, return_dict=False)[0].chunk(2)
-        x = decode(z - sigma.view(-1, 1, 1, 1) * (cfg * uc + (1 - cfg) * un))
-        return sum((F.normalize(r.model.encode_image(r.normalise(r.resize(x))), dim=-1) * t).sum(-1) for r, t in zip(rewards, texts))
-
-    steps = {c: functions(sd3, rewards, [], condition, texts, cfg, checkpointing=c)[1]["tweedie"] for c in (False, True)}
-    u, value, grad = steps[False](z, sigma)
-    assert_close(value, chain(z).detach(), atol=1e-4, rtol=0)
+    expected = partial(chain, sd3, rewards, condition, texts, sigma, cfg)
+    given = (sd3, rewards, [], condition, texts, cfg)
+    u, value, grad = functions(*given)[1]["tweedie"](z, sigma)
+    assert_close(value, expected(z).detach(), atol=1e-4, rtol=0)
     assert_close(u, common.velocity(sd3, z, sigma, condition, NULL, cfg), atol=1e-5, rtol=0)
     with torch.no_grad():
         for _ in range(3):
             direction = torch.randn_like(z)
-            change = (chain(z + 1e-2 * direction) - chain(z - 1e-2 * direction)).double() / 2e-2
-            assert (grad * direction).sum((1, 2, 3)).tolist() == pytest.approx(change.tolist(), rel=5e-2, abs=2e-3)
-    assert_close(steps[True](z, sigma)[2], grad, atol=1e-6, rtol=1e-4)
-    unprompted = functions(sd3, rewards, [], condition, texts, cfg)[1]["unprompted"](z, sigma)
-    assert_close(unprompted[2], functions(sd3, rewards, [], NULL, texts, 1.0)[1]["tweedie"](z, sigma)[2])
+            ends = [expected(z + s * direction).double() for s in (1e-2, -1e-2)]
+            change = ((ends[0] - ends[1]) / 2e-2).tolist()
+            assert (grad * direction).sum((1, 2, 3)).tolist() == pytest.approx(
+                change, rel=5e-2, abs=2e-3
+            )
+    again = functions(*given, checkpointing=True)[1]["tweedie"](z, sigma)
+    assert_close(again[2], grad, atol=1e-6, rtol=1e-4)
 
 
 def test_checkpointing_keeps_less(sd3):
     """Of each block only what enters it; the gradient is the same."""
     z, sigma, condition, _ = batch()
-    kept, grads = {}, {}
-    for checkpointing in (False, True):
+    grads = []
+
+    def step(checkpointing):
         x = z.clone().requires_grad_()
-        with common.kept_for_backward([sd3]) as storages:
-            common.velocity(sd3, x, sigma, condition, NULL, 4.5, checkpointing=checkpointing).square().sum().backward()
-        kept[checkpointing], grads[checkpointing] = sum(s.nbytes() for s in storages.values()), x.grad
-    assert kept[True] < 0.3 * kept[False]
-    assert_close(grads[True], grads[False])
+        u = common.velocity(sd3, x, sigma, condition, NULL, 4.5, checkpointing=checkpointing)
+        u.square().sum().backward()
+        grads.append(x.grad)
+
+    plain, less = (dps.kept_for_backward(partial(step, c), [sd3]) for c in (False, True))
+    assert less < 0.3 * plain
+    assert_close(*grads)
 
 
 def test_strength_zero_is_the_plain_sampler(sd3, rewards):
     """Bit for bit, where nothing is shared."""
     z, _, condition, texts = batch()
-    velocity, gradients = functions(sd3, rewards, [small_value(sd3, rewards[0], 2)], condition, texts[:1])
-    noises = [torch.randn_like(z) for _ in GRID]
-    plain, _ = dps.sample(z, iter(noises), GRID, torch.no_grad()(velocity))
-    for kind in ("tweedie", "stitchvm"):
-        assert torch.equal(dps.sample(z, iter(noises), GRID, torch.no_grad()(velocity), [(gradients[kind], 0.0, 1.0, 0.0)])[0], plain)
+    values = [small_value(sd3, rewards[0], 2)]
+    velocity, gradients = functions(sd3, rewards[:1], values, condition, texts[:1])
+    noises = torch.randn(5, *z.shape)
+    with torch.no_grad():
+        plain = dps.sample(z, noises, GRID, velocity, [(None, 0)] * 5)
+        for kind in ("tweedie", "stitchvm"):
+            guides = [(gradients[kind], 0.0)] * 5
+            assert torch.equal(dps.sample(z, noises, GRID, velocity, guides), plain)
 
 
 def test_shares_prefix(sd3, rewards, capsys):
-    value, backbone = small_value(sd3, rewards[0], 2), SimpleNamespace(transformer=sd3)
-    assert common.shares_prefix([value], backbone, NULL, 4.5) and common.shares_prefix([value], backbone, [v + 1e-4 for v in NULL], 4.5)
-    assert not common.shares_prefix([value], backbone, NULL, 1.0) and not common.shares_prefix([], backbone, NULL, 4.5)
-    assert not common.shares_prefix([small_value(sd3, rewards[0], 2, front="vae")], backbone, NULL, 4.5)
-    assert not common.shares_prefix([value], SimpleNamespace(transformer=None), NULL, 4.5) and not capsys.readouterr().out
-    assert not common.shares_prefix([value], backbone, [v.roll(1, -1) for v in NULL], 4.5) and "null text" in capsys.readouterr().out
+    values = [small_value(sd3, rewards[0], 2)]
+    backbone = SimpleNamespace(transformer=sd3)
+    near, far = ([v + 1e-4 for v in NULL], [v.roll(1, -1) for v in NULL])
+    assert common.shares_prefix(values, backbone, NULL, 4.5)
+    assert common.shares_prefix(values, backbone, near, 4.5)
+    assert not common.shares_prefix(values, backbone, NULL, 1.0)
+    assert not common.shares_prefix([], backbone, NULL, 4.5)
+    of_latents = [small_value(sd3, rewards[0], 2, front="vae")]
+    assert not common.shares_prefix(of_latents, backbone, NULL, 4.5)
+    assert not common.shares_prefix(values, SimpleNamespace(transformer=None), NULL, 4.5)
+    assert not capsys.readouterr().out
+    assert not common.shares_prefix(values, backbone, far, 4.5)
+    assert "null text" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------- noises, the rule
 def test_a_sample_keeps_its_noise_at_any_batch_size():
-    take = lambda rows, n=3: [next(s) for s in [dps.noise_streams(0, "report", rows, (2, 3))] for _ in range(n)]
-    whole, part = take([0, 1, 2]), take([2])
-    assert all(torch.equal(a[2:], b) for a, b in zip(whole, part))
-    first = torch.stack(take([0, 1])).flatten(2).transpose(0, 1).reshape(2, -1)
-    assert not torch.equal(first[0], first[1]) and len(set(first[0].tolist())) == first.shape[1]
-    assert not torch.equal(next(dps.noise_streams(0, "tune", [0], (2, 3))), whole[0][:1])
+    def noise(prompts, seed=0):
+        return dps.noise(Namespace(seed=seed, steps=2), (2, 3), prompts)
+
+    whole = noise([0, 1, 2])
+    assert whole.shape == (3, 3, 2, 3)
+    assert torch.equal(whole[:, 2:], noise([2]))
+    draws = whole.flatten().tolist()
+    assert len(set(draws)) == len(draws)
+    assert not torch.equal(noise([0], seed=1), whole[:, :1])
 
 
-def metrics(reward, judge, spread=1.0):
-    """Scores of 100 samples with the given means, the same noise in all of them but for a paired difference with the given spread."""
-    own = torch.randn(100, generator=torch.Generator().manual_seed(3))
-    wobble = torch.randn(100, generator=torch.Generator().manual_seed(4))
-    wobble = spread * (wobble - wobble.mean()) / wobble.std()
-    return dict(reward=own + reward, clip=own + reward, judge=5 * own + judge + wobble)
-
-
-def test_the_rule_that_picks_a_strength():
-    """One standard error of the paired difference is .1 here; the samples' own spread, fifty times that, does not matter."""
-    plain = metrics(0.0, 0.0, 0.0)
-    pick = lambda swept, **kw: dps.choose_strength(swept, plain, {"clip"}, **kw)
-    assert pick({1: metrics(1, 0.0), 3: metrics(2, -0.19), 10: metrics(3, -0.21)}) == 3
-    assert pick({1: metrics(1, 0.0), 3: metrics(2, -0.19), 10: metrics(3, -0.21)}, tolerance=3) == 10
-    assert pick({1: metrics(1, 0.5), 3: metrics(0.5, 0.9)}) == 1  # the guiding reward decides, not the held-out ones
-    assert pick({3: metrics(2, -1), 1: metrics(1, -1)}) == 1  # none is harmless: the smallest
-    worse_for_itself = metrics(2, 0.0) | dict(clip=metrics(-9, 0)["clip"])
-    assert pick({1: metrics(1, 0.0), 3: worse_for_itself}) == 3  # the guiding reward is not held out
-    assert pick({1: metrics(1, 0.0), 3: metrics(2, float("nan"))}) == 1
-    assert pick({1: plain, 3: plain}) in (1, 3)
-
-
-# ---------------------------------------------------------------------------- published sizes
-def test_dry_run_counts_the_published_step(capsys):
-    """SD 3.5 Medium at 1024 with HPSv2, TFLOP a step, as counted apart from this code; i = 4 shared costs 1.2 of plain sampling."""
-    dps.main(dps.parse_args(["--dry-run", "--preset", "paper", "--reward", "hpsv2"]))
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    cases = {c["method"]: c for c in report["cases"]}
-    expected = {"flow": 22.5, "tweedie": 80.1, "stitchvm, i = 4": 29.0, "stitchvm, i = 4, shared": 26.7, "stitchvm, i = 12": 40.5, "stitchvm, i = 12, shared": 33.8}
-    assert {k: cases[k]["tflop"] for k in expected} == pytest.approx(expected, rel=0.02)
-    assert report["resolution"] == 1024 and all(c["n"] == 20000 and c["unit"] == "step" for c in cases.values())
-    assert cases["flow"]["saved_gib"] == 0 and cases["stitchvm, i = 4"]["saved_gib"] < 0.1 * cases["tweedie"]["saved_gib"]
-    assert cases["tweedie, checkpointing"]["saved_gib"] < 0.2 * cases["tweedie"]["saved_gib"] and cases["tweedie, checkpointing"]["tflop"] > 1.3 * cases["tweedie"]["tflop"]
-    assert cases["stitchvm, i = 4, shared"]["of_flow"] == pytest.approx(1.19, abs=0.01)
-
-
-# ---------------------------------------------------------------------------- as a user runs it, on the miniature with untrained value models
+# ---------------------------------------------------------------------------- as a user runs it
+# on the miniature, with value models that were never trained
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Run the stage in a folder of its own: the table that it writes, and what it prints."""
-    (tmp_path / "tests").symlink_to(ROOT / "tests")  # the prompts are there, but not the value models that somebody may have in runs/
+    # the prompts are there, but not the value models that somebody may have in runs/
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
 
-    def go(*flags, out=tmp_path / "out"):
-        dps.main(dps.parse_args(["--out", str(out), "--device", "cpu", *map(str, flags)]))
-        return json.loads((out / "05_dps.json").read_text()), capsys.readouterr().out
+    def go(*flags, out=tmp_path / "out", study=dps, table="05_dps.json"):
+        usual = ("--out", out, "--device", "cpu", "--scorers")
+        study.main(study.parse_args([*map(str, (*usual, *flags))]))
+        return json.loads((out / table).read_text()), capsys.readouterr().out
+
     return go
 
 
 def test_a_whole_short_run(run, values, tmp_path):
-    """All methods, the sweep, the rule and the figures; the promised keys; costs in the order that the method is about."""
-    table, printed = run("--value", values["clip"], "--steps", 4, "--limit", 3, "--tune-limit", 2, "--batch", 2, "--strengths-tweedie", 1, 5, "--strengths-stitchvm", 1, 5,
-                         "--guide-from", 0.99, "--save-images")
+    """All methods, the figures; the promised keys; costs in the order that the method is about."""
+    scorers = ("dfn-clip", "hpsv2", "aesthetic", "judge")
+    flags = (*scorers, "clip", "--value", values["clip"], "--steps", 4, "--limit", 3, "--batch", 2)
+    flags += ("--strengths-tweedie", 1, 5, "--strengths-stitchvm", 10, "--guide-from", 0.99)
+    table, printed = run(*flags, "--save-images")
     rows = table["rows"]
-    assert [(r["method"], r["strength"]) for r in rows if r["split"] == "tune"] == [
-        (m, c) for m, cs in (("flow", [0]), ("tweedie", [1, 5]), ("stitchvm", [1, 5]), ("tweedie, equal time", [1, 5])) for c in cs]
-    report = {r["method"]: r for r in rows if r["split"] == "report"}
-    assert list(report) == ["flow", "tweedie", "stitchvm", "stitchvm+tweedie", "tweedie, equal time"]
-    assert table["stage"] == "05_dps" and table["shared"] is True and len(table["values"]) == 1 and table["peak_rss_mb"] > 100
-    for r in rows:
-        assert {"method", "strength", "split", "window", "steps", "n", "reward", "reward_se", "s_per_sample", "peak_memory_mb", "gflop_per_sample"} <= set(r)
-        assert {f"{m}{e}" for m in ("dfn-clip", "hpsv2", "aesthetic", "judge", "geneval") for e in ("", "_se")} <= set(r) and "clip" not in r
-        assert r["n"] == (2 if r["split"] == "tune" else 3) and r["failed"] == 0 and r["window"] == (None if r["method"] == "flow" else [0.99, 0.0])
-    for method in ("tweedie", "stitchvm", "tweedie, equal time"):
-        assert report[method]["strength"] == table["chosen"][method] in (1, 5)
-        assert {r["steps"] for r in rows if r["method"] == method} == {report[method]["steps"]}
-    assert report["stitchvm+tweedie"]["strength_tweedie"] == table["chosen"]["tweedie"]
-    order = ("flow", "stitchvm", "stitchvm+tweedie", "tweedie")
-    assert [report[m]["gflop_per_sample"] for m in order] == sorted(report[m]["gflop_per_sample"] for m in order)
-    assert report["flow"]["peak_memory_mb"] == 0 < report["stitchvm"]["peak_memory_mb"] < 0.5 * report["tweedie"]["peak_memory_mb"]
-    assert 2 <= report["tweedie, equal time"]["steps"] <= 4 and report["tweedie"]["steps"] == 4
-    assert {r["method"] for r in table["trajectory"]} == set(report) and {r["sigma"] for r in table["trajectory"] if r["method"] == "flow"} == {a["sigma"] for a in table["agreement"]}
-    assert all(-1 <= a[k] <= 1 < 2 <= len(table["agreement"]) for a in table["agreement"] for k in ("cosine", "cosine_unprompted"))
-    assert all(m in printed for m in report)
-    for name in ("05_strength", "05_grid", "05_value"):
-        assert Image.open(tmp_path / "out" / f"{name}.png").width > 300
-    for method in report:
-        assert Image.open(tmp_path / "out/images" / method / "00002/samples/0000.png").size == (64, 64)
+    report = {r["images"].removeprefix("05_images/"): r for r in rows}
+    expected = ["flow_0", "tweedie_1", "tweedie_5", "stitchvm_10", "stitchvm+tweedie_10_1"]
+    assert list(report) == expected and len(rows) == 5
+    assert table["stage"] == "05_dps" and table["shared"] is True and len(table["values"]) == 1
+    costs = ("s_per_sample", "s_spread", "peak_memory_mb", "gflop_per_sample")
+    for r, scores in zip(rows, table["scores_of_prompts"], strict=True):
+        assert {"method", "strength", "reward", "reward_se", *costs} <= set(r)
+        assert {f"{m}{e}" for m in scorers for e in ("", "_se")} <= set(r) and "clip" not in r
+        assert (r["n"], r["failed"], r["steps"]) == (3, 0, 4)
+        assert set(scores) == {"reward", *scorers}
+        assert all(sum(x) / 3 == pytest.approx(r[k], abs=1e-5) for k, x in scores.items())
+    assert report["stitchvm+tweedie_10_1"]["strength_tweedie"] == 1
+    order = ("flow_0", "stitchvm_10", "stitchvm+tweedie_10_1", "tweedie_1")
+    work = [report[m]["gflop_per_sample"] for m in order]
+    assert work == sorted(work) and len(set(work)) == 4
+    assert report["tweedie_5"]["gflop_per_sample"] == work[-1]
+    memory = [report[m]["peak_memory_mb"] for m in order]
+    assert memory[0] == 0 < memory[1] < 0.5 * memory[3] and memory[2] == memory[3]
+    assert all(m in printed for m in dps.METHODS)
+    for name in ("05_strength", "05_grid"):
+        assert Image.open(tmp_path / f"out/{name}.png").width > 300
+    for row in rows:
+        folder = tmp_path / "out" / row["images"]
+        assert Image.open(folder / "00002/samples/0000.png").size == (64, 64)
     prompts = (ROOT / "tests/mini/data/drawbench.txt").read_text().splitlines()
-    assert json.loads((tmp_path / "out/images/flow/00001/metadata.jsonl").read_text())["prompt"] == prompts[1]
-
-
-def test_equal_time_needs_a_sweep_of_one_method_only(run, values):
-    """Its steps are of the times on the tuning prompts, its strength is chosen at so many, also where stitchvm has one strength; without a sweep there is no such row."""
-    flags = ("--value", values["clip"], "--steps", 4, "--limit", 2, "--tune-limit", 2, "--strengths-stitchvm", 1, "--methods", "tweedie", "stitchvm")
-    table, _ = run(*flags, "--strengths-tweedie", 1, 5)
-    rows = [r for r in table["rows"] if r["method"] == dps.EQUAL]
-    assert [r["split"] for r in rows] == ["tune", "tune", "report"] and rows[2]["strength"] == table["chosen"][dps.EQUAL] in (1, 5)
-    spent = {m: sum(r["s_per_sample"] for r in table["rows"] if r["split"] == "tune" and r["method"] == m) / n for m, n in (("tweedie", 2), ("stitchvm", 1))}
-    assert rows[2]["steps"] == max(2, round(4 * spent["stitchvm"] / spent["tweedie"]))
-    table, _ = run(*flags, "--strengths-tweedie", 5)
-    assert [r["method"] for r in table["rows"]] == ["tweedie", "stitchvm"]
+    folder = tmp_path / "out/05_images/flow_0/00001"
+    assert json.loads((folder / "metadata.jsonl").read_text())["prompt"] == prompts[1]
 
 
 def test_a_joint_reward_is_the_sum_and_the_batch_does_not_matter(run, values, tmp_path):
-    """With one strength each nothing is tuned; what is guided differs from what is not, and the same seed gives the same rows."""
-    flags = ("--reward", "clip+hpsv2", "--value", values["clip"], values["hpsv2"], "--steps", 3, "--limit", 3, "--methods", "flow", "stitchvm", "--strengths-stitchvm", 10)
+    """What is guided differs from what is not, and the same seed gives the same rows."""
+    flags = ("clip", "hpsv2", "--reward", "clip+hpsv2", "--steps", 3, "--limit", 3)
+    flags += ("--value", values["clip"], values["hpsv2"], "--methods", "flow", "stitchvm")
     rows = {b: run(*flags, "--batch", b, out=tmp_path / f"{b}")[0]["rows"] for b in (1, 3)}
-    for r, again in zip(rows[1], rows[3]):
-        assert r["split"] == "report" and r["reward"] == pytest.approx(r["clip"] + r["hpsv2"], abs=1e-5)
+    for r, again in zip(rows[1], rows[3], strict=True):
+        assert r["reward"] == pytest.approx(r["clip"] + r["hpsv2"], abs=1e-5)
         assert r["reward"] == pytest.approx(again["reward"], abs=2e-3)
     flow, guided = rows[3]
-    assert (flow["method"], guided["method"]) == ("flow", "stitchvm") and abs(flow["reward"] - guided["reward"]) > 5e-3
-    assert not (tmp_path / "3/05_strength.png").exists()
+    assert (flow["method"], guided["method"]) == ("flow", "stitchvm")
+    assert abs(flow["reward"] - guided["reward"]) > 5e-3
 
 
-@pytest.mark.parametrize("flags, message", [
+MISUSE = [
     (["--reward", "dfn-clip"], "no value model of dfn-clip.*03_finetune.py --reward dfn-clip"),
     (["--reward", "clip+hpsv2", "--value", "one.pt"], "1 files for the 2 rewards"),
-    (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
-    (["--tune-limit", "1"], "1 prompts to tune on"),
+    (["--prompts", "nowhere.txt"], "no file of prompts nowhere.txt"),
+    (["--limit", "1"], "1 prompts in .*drawbench.txt"),
     (["--guide-to", "0.5", "--guide-from", "0.5"], "--guide-from > --guide-to"),
-    (["--preset", "24gb"], "--prompts FILE is needed"),
-    (["--reward", "nothing", "--methods", "flow"], "there is no nothing")], ids=lambda v: v[0] if isinstance(v, list) else "")
+    (["--steps", "1"], "--steps must be at least 2"),
+    (["--preset", "24gb"], "no file of prompts None: pass a text file"),
+    (["--reward", "nothing", "--methods", "flow"], "there is no nothing"),
+]
+
+
+@pytest.mark.parametrize("flags, message", MISUSE, ids=lambda v: v[0] if type(v) is list else "")
 def test_misuse_is_answered_in_one_sentence(run, flags, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as e:
         run(*flags)
@@ -456,7 +561,11 @@ def test_a_broken_list_of_prompts_is_refused(run, tmp_path):
         run("--prompts", tmp_path / "p.jsonl")
 
 
-@pytest.mark.parametrize("key, value", [("latent_space", "16 channels, scale 0.3611, shift 0.1159, vae 00000000"), ("reward", "hpsv2"), ("resolution", 512)])
+MISFITS = [("reward", "hpsv2"), ("resolution", 512)]
+MISFITS += [("latent_space", "16 channels, scale 0.3611, shift 0.1159, vae 00000000")]
+
+
+@pytest.mark.parametrize("key, value", MISFITS)
 def test_a_value_of_other_latents_is_refused(run, values, tmp_path, key, value):
     """FLUX's latents have as many channels as SD3's, so nothing else would tell."""
     artifact = torch.load(values["clip"], weights_only=True)
@@ -464,3 +573,43 @@ def test_a_value_of_other_latents_is_refused(run, values, tmp_path, key, value):
     torch.save(artifact, tmp_path / "value.pt")
     with pytest.raises(SystemExit, match=rf"(?s)does not fit this run.*{key}"):
         run("--value", tmp_path / "value.pt")
+
+
+# ---------------------------------------------------------------------------- the study
+def test_agreement_of_the_gradients(run, values, tmp_path):
+    """V along sampling of every method; the gradients along plain sampling only."""
+    flags = ("--value", values["clip"], "--steps", 4, "--limit", 3, "--batch", 2, "--every", 2)
+    table, printed = run(*flags, study=agreement, table="agreement.json")
+    rows = table["rows"]
+    assert len(rows) == 8 and {r["method"] for r in rows} == set(dps.METHODS)
+    sigmas = {r["sigma"] for r in rows}
+    assert len(sigmas) == 2 and max(sigmas) == 1
+    keys = {"cosine", "cosine_se", "cosine_unprompted", "norm_ratio", "norm_ratio_unprompted"}
+    for r in rows:
+        assert r["n"] == 3 and {"V", "V_se"} <= set(r)
+        assert keys <= set(r) if r["method"] == "flow" else not keys & set(r)
+        assert -1 <= r.get("cosine", 0) <= 1 and -1 <= r.get("cosine_unprompted", 0) <= 1
+        assert r.get("norm_ratio", 1) > 0 and r["method"] in printed
+    first = [r["V"] for r in rows if r["sigma"] == 1]
+    assert first == pytest.approx([first[0]] * 4)  # from the same noises
+    assert Image.open(tmp_path / "out/agreement.png").width > 300
+
+
+def test_agreement_by_hand():
+    """cosine and ratio of norms of each sample."""
+    a = torch.tensor([[3.0, 4.0], [1.0, 0.0]])[:, :, None, None]
+    b = torch.tensor([[6.0, 8.0], [0.0, 2.0]])[:, :, None, None]
+    found = agreement.compare(a, b)
+    assert_close(found["cosine"], torch.tensor([1.0, 0.0]))
+    assert_close(found["norm_ratio"], torch.tensor([0.5, 0.5]))
+
+
+def test_unprompted_tweedie(sd3, rewards):
+    """The null text alone, without guidance: what the value model estimates."""
+    z, sigma, condition, texts = batch()
+    backbone = SimpleNamespace(velocity=partial(common.velocity, sd3), decode=decode)
+    run = SimpleNamespace(backbone=backbone, rewards=rewards, null=NULL)
+    found = agreement.unprompted_gradient(run, texts, z, sigma)
+    null = [v.expand(3, *v.shape[1:]) for v in NULL]
+    expected = functions(sd3, rewards, [], null, texts, 1.0)[1]["tweedie"](z, sigma)
+    assert_close(found, expected[2])
