@@ -401,11 +401,7 @@ class Reward:
         source, pretrained = (f"local-dir:{folder}", None) if folder else REWARDS[name]
         # HPSv2's authors resize a tensor, the longest side to 224; all others resize a PIL image
         self.resizes_tensors = folder is None and name.startswith("hpsv2")
-        tag = (
-            {}
-            if folder or self.resizes_tensors
-            else open_clip.get_pretrained_cfg(source, pretrained)
-        )
+        tag = open_clip.get_pretrained_cfg(source, str(pretrained))  # {} of folders and HPSv2
         quick = folder or open_clip.get_model_config(source).get("quick_gelu", False)
         if tag and tag.get("quick_gelu", False) != quick:
             fail(f"{source} and {pretrained} differ in QuickGELU: use {source}-quickgelu")
@@ -992,9 +988,13 @@ def timing(seconds):
 def gflop(call):
     """GFLOP of one call: 2 x multiply-adds of matrix products, convolutions and attention."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # trap: not counted, nor is fused attention
+    torch.backends.mha.set_fastpath_enabled(False)  # trap: not counted, nor is the CPU's fused one
+    counted = [
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]  # the first is CUDA's, without N x N
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(counted):
             call()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
