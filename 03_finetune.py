@@ -1,60 +1,79 @@
 """Stage 03 -- finetune the stitching layer and the reward's tail so that V(z_t) = E[r(z_0) | z_t].
 
 Paper   StitchVM (arXiv 2605.19804) Sec. 4.2, Prop. 1, App. D.1, Eqs. (78), (79)
-            CLIP-like:  || e~ - e~_RM ||^2 + lam_tok || h - h_RM ||^2        e~ embedding of the stitched tail, e~_RM the reward's unit one
-            aesthetic:  Smooth-L1 on tokens, embedding and final score, weights 1
-        z_t = (1-t) z_0 + t eps; h, h_RM the per-token outputs after ln_post, mean over elements. s_psi and r^{>=j} train, all else is frozen.
+            CLIP-like   | e - e_RM |^2 + lam_tok | h - h_RM |^2                       (78)
+            aesthetic   Smooth-L1 on tokens, embedding and final score, weights 1     (79)
+        e, h: embedding and tokens after ln_post of the stitched tail at z_t; e_RM, h_RM: the
+        reward's, of the clean image. s_psi and r^{>=j} train, all else is frozen.
 Reads   out/cache.pt (01), out/stitch.pt (02)
-Writes  out/value.pt (--front vae: value_vae.pt, --objective noisyclip: value_noisyclip.pt), out/03_finetune*.json with the curves,
-        and while it runs <value>.train, from which --resume goes on to the same bits
-Run     python 03_finetune.py                                    # the miniature, six minutes on two cores
-        python 03_finetune.py --front vae                        # baseline: the VAE stitch
-        python 03_finetune.py --objective noisyclip              # baseline: an image tower on noisy latents, contrastive against the frozen text tower
-Departs from the paper: --embedding mean (default) regresses e~_RM with the raw embedding over the probe set's mean norm, not normalised, so that
-        V is the mean E[r | z_t] and on one scale at every noise level [D14]; --embedding unit is the paper's. sigma is logit-normal(0, 1) [D2], in the
-        miniature uniform, which measured better on the tuning split.
+Writes  out/value.pt (--front vae: value_vae.pt), out/03_finetune*.json, out/03_finetune*.png;
+        while it runs <value>.train, where --resume goes on to the same bits
+Run     python 03_finetune.py
+        python 03_finetune.py --front vae
+        accelerate launch 03_finetune.py --preset paper --out FOLDER
+Departs from the paper: e is not normalised but divided by the probe images' mean norm, so that V is
+        the mean E[r | z_t]; --embedding unit is the paper's [D14]. --sigma-law is a guess [D2].
 """
-import json
+
 import math
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import ConcatDataset, TensorDataset, default_collate
+from tqdm import trange
 
-from common import (Backbone, Reward, Stitch, StitchedValue, add_noise, average_over_processes, count, decay_at, fail, follow, generator, gib, keep_blocks,
-                    load_artifact, meta_backbone, meta_value, parse_stage, print_table, processes, report_dry_run, save_artifact, save_figure, save_table,
-                    save_training, stage_parser)
+from common import (
+    Backbone,
+    Reward,
+    Stitch,
+    StitchedValue,
+    add_noise,
+    draw_lines,
+    fail,
+    generator,
+    keep_blocks,
+    load_artifact,
+    now,
+    parse_stage,
+    print_table,
+    save_artifact,
+    save_table,
+    save_training,
+    stage_parser,
+)
 
-SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
-KEPT_TARGETS = 2 ** 30  # bytes of targets that are kept in memory; the published towers' are computed at every step
-PRESETS = {"mini": dict(epochs=12, batch=32, lr=2e-3, sigma_law="uniform", warmup=50, schedule="cosine", ema=0.0, captions="tests/mini/data/train_captions.json"),
-           "24gb": dict(epochs=5, batch=32, micro_batch=4, lr=1e-5, sigma_law="logit-normal", warmup=100, schedule="constant", ema=0.0, resolution=512),
-           "paper": dict(epochs=5, batch=128, micro_batch=16, lr=1e-5, sigma_law="logit-normal", warmup=100, schedule="constant", ema=0.0, resolution=1024)}
+SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)  # of the validation
+KEPT_TARGETS = 2**30  # bytes; the targets of published towers are computed at every step
+PUBLISHED = dict(epochs=5, lr=1e-5, sigma_law="logit-normal", warmup=100, schedule="constant")
+PRESETS = {
+    "mini": dict(epochs=12, batch=32, lr=2e-3, sigma_law="uniform", warmup=50, schedule="cosine"),
+    "24gb": PUBLISHED | dict(batch=32, micro_batch=4, resolution=512),
+    "paper": PUBLISHED | dict(batch=128, micro_batch=16, resolution=1024),
+}
 
 
 def parse_args(argv=None):
-    p = stage_parser(__doc__, PRESETS)
-    p.add_argument("--front", choices=("dit", "vae"), default="dit", help="dit: StitchVM; vae: u^{<=i} is the identity on the noisy latent")
-    p.add_argument("--objective", choices=("distill", "noisyclip"), default="distill")
-    p.add_argument("--embedding", choices=("mean", "unit"), default="mean", help="what the stitched embedding estimates [D14]")
-    p.add_argument("--sigma-law", choices=("logit-normal", "uniform"), help="[D2]: the paper's is centre-biased; in the miniature uniform measures best")
-    p.add_argument("--lam-tok", type=float, default=1.0, help="weight of the token loss (78)")
-    p.add_argument("--epochs", type=float, help="passes over the cached images (App. D.1: 5; VAE stitch: 15)")
-    p.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
-    p.add_argument("--batch", type=int, help="of each process")
-    p.add_argument("--micro-batch", type=int, help="images of a batch that go through the tail at once, to save memory (default: all)")
-    p.add_argument("--lr", type=float, help="of the tail; the stitching layer gets --stitch-lr times as much")
-    p.add_argument("--stitch-lr", type=float, default=5.0)
-    p.add_argument("--warmup", type=int)
-    p.add_argument("--schedule", choices=("constant", "cosine"))
-    p.add_argument("--ema", type=float, help="decay of the average of the weights that is kept as the value model; 0: the last weights")
-    p.add_argument("--captions", help="COCO-style captions of the training images, for --objective noisyclip only")
-    p.add_argument("--value", help="file to write (default: value.pt, value_vae.pt or value_noisyclip.pt in --out)")
-    p.add_argument("--log-every", type=int, default=25)
-    p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints; validation runs as often")
-    p.add_argument("--resume", action="store_true", help="go on from <value>.train")
+    p = stage_parser(__file__, __doc__, PRESETS)
+    add = p.add_argument
+    add("--front", choices=("dit", "vae"), default="dit", help="vae: the noisy latent itself")
+    add("--embedding", choices=("mean", "unit"), default="mean", help="what e estimates [D14]")
+    add("--sigma-law", choices=("logit-normal", "uniform"), help="of the noise levels [D2]")
+    add("--lam-tok", type=float, default=1.0, help="weight of the token loss (78)")
+    add("--epochs", type=float, help="passes over the images (D.1: 5, of the VAE stitch 15)")
+    add("--steps", type=int, help="optimiser steps, instead of --epochs")
+    add("--batch", type=int, help="images of a step, of each process")
+    add("--micro-batch", type=int, help="images at a time, the step is the same; None: all")
+    add("--lr", type=float, help="of AdamW on the tail")
+    add("--stitch-lr", type=float, default=5.0, help="times --lr: of the stitching layer")
+    add("--warmup", type=int, help="steps in which the rate rises")
+    add("--schedule", choices=("constant", "cosine"), help="of the rate after them")
+    add("--ema", type=float, default=0.0, help="decay of the average that is kept; 0: no average")
+    add("--value", help="file to write; None: value.pt or value_vae.pt in --out")
+    add("--log-every", type=int, default=25, help="steps")
+    add("--save-every", type=int, default=200, help="steps between checkpoints and validations")
+    add("--resume", action="store_true", help="go on from <value>.train")
     return parse_stage(p, PRESETS, argv)
 
 
@@ -67,39 +86,30 @@ def sample_sigma(n, law, generator):
 
 
 def distill_loss(e, h, e_rm, h_rm, lam_tok=1.0):
-    """(78): squared distance of the embeddings (B, E), e_rm unit, plus lam_tok times the mean squared error of the tokens (B, N, d)."""
-    embedding, tokens = (e - e_rm).square().sum(-1).mean(), (h - h_rm).square().mean()
-    return embedding + lam_tok * tokens, {"embedding": embedding, "tokens": tokens}
+    """(78) and its parts: e (B, E) raw or unit, e_rm (B, E) unit, tokens h and h_rm (B, N+1, d)."""
+    parts = {"embedding": (e - e_rm).square().sum(-1).mean(), "tokens": (h - h_rm).square().mean()}
+    return parts["embedding"] + lam_tok * parts["tokens"], parts
 
 
 def aesthetic_loss(e, h, score, e_rm, h_rm, score_rm):
-    """(79): Smooth-L1 on tokens (B, N, d), embedding (B, E) and final score (B,), weights 1."""
-    parts = {"tokens": F.smooth_l1_loss(h, h_rm), "embedding": F.smooth_l1_loss(e, e_rm), "score": F.smooth_l1_loss(score, score_rm)}
+    """(79) and its parts: embeddings (B, E), tokens (B, N+1, d) and scores (B,)."""
+    parts = {"tokens": F.smooth_l1_loss(h, h_rm), "embedding": F.smooth_l1_loss(e, e_rm)}
+    parts["score"] = F.smooth_l1_loss(score, score_rm)
     return sum(parts.values()), parts
 
 
-def noisyclip_loss(e, text, scale):
-    """Symmetric contrastive loss of unit embeddings (B, E) of noisy latents against the frozen text tower's (B, E); an equal text is no negative."""
-    same = ((text @ text.T) > 1 - 1e-5) & ~torch.eye(len(text), dtype=torch.bool, device=text.device)
-    logits, label = (scale * e @ text.T).masked_fill(same, -math.inf), torch.arange(len(text), device=text.device)
-    loss = 0.5 * (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label))
-    return loss, {"contrastive": loss}
-
-
 @torch.no_grad()
-def clean_target(reward, pixels):
-    """Of clean images (B, 3, s, s) in [0, 1]: the reward's unit embedding e_RM (B, E) and its tokens after ln_post h_RM (B, N, d)."""
-    raw, h_rm = reward.embed(pixels)
+def clean_target(reward, images):
+    """e_RM (B, E), unit, and h_RM (B, N+1, d) of clean images (B, 3, s, s) in [0, 1]."""
+    raw, h_rm = reward.embed(images)
     return F.normalize(raw, dim=-1), h_rm
 
 
-def step_loss(model, reward, zt, t, target, objective="distill", lam_tok=1.0, text=None, scale=None):
-    """The loss of one batch and its parts: zt (B, C, h, w) at t (B,), target the clean images' (e_RM, h_RM), or for 'noisyclip' text (B, E) and scale."""
+def step_loss(model, reward, z_t, t, target, lam_tok=1.0):
+    """The loss and its parts at z_t (B, C, h, w), t (B,); target: (e_RM, h_RM) of clean_target."""
     with torch.no_grad():
-        features, _ = model.features(zt, t)
+        features, _ = model.features(z_t, t)
     e, h = (v.float() for v in model.head(features))
-    if objective == "noisyclip":
-        return noisyclip_loss(e, text, scale)
     e_rm, h_rm = target
     if reward.head is not None:
         return aesthetic_loss(e, h, reward.score(e), e_rm, h_rm, reward.score(e_rm))
@@ -107,230 +117,165 @@ def step_loss(model, reward, zt, t, target, objective="distill", lam_tok=1.0, te
 
 
 def learning_rate(step, steps, warmup, schedule):
-    """Factor on the learning rate: linear warm-up, then constant or a cosine to zero."""
-    return min(1.0, (step + 1) / max(warmup, 1)) * (0.5 * (1 + math.cos(math.pi * step / steps)) if schedule == "cosine" else 1.0)
+    """Factor in (0, 1] on the rate: linear warm-up, then constant or a cosine to zero."""
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    return rise * (0.5 + 0.5 * math.cos(math.pi * step / steps) if schedule == "cosine" else 1.0)
+
+
 # ---- to here ----
 
 
-class Cached:
-    """The cached training images of all shards, memory-mapped: rows by global index."""
-
-    def __init__(self, out, shards):
-        self.shards = []
-        for s in shards:
-            if not (Path(out) / s["file"]).exists():
-                fail(f"{Path(out) / s['file']} is missing; make it with: python 01_cache_features.py --out {out}")
-            self.shards.append(torch.load(Path(out) / s["file"], weights_only=True, mmap=True))
-        self.starts = torch.tensor([0] + [s["images"] for s in shards]).cumsum(0)
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def rows(self, index, *keys):
-        """Rows of the tensors named by keys, in the order of index (B,)."""
-        where = torch.bucketize(index, self.starts, right=True) - 1
-        order = torch.cat([(where == s).nonzero()[:, 0] for s in where.unique()])
-        return [torch.cat([self.shards[s][k][index[where == s] - self.starts[s]] for s in where.unique()])[order.argsort()] for k in keys]
-
-    def names(self):
-        return [n for s in self.shards for n in s["names"]]
+def batch_of(data, reward, index):
+    """z_0 (B, C, h, w), e_RM (B, E) and h_RM (B, N+1, d) of the images index (B,)."""
+    rows = default_collate([data[k] for k in index.tolist()])
+    z0, *clean = (v.to(reward.device) for v in rows)
+    return z0.float(), *(clean if len(clean) == 2 else clean_target(reward, clean[0] / 255))
 
 
-def load_captions(path, names):
-    """One list of captions for each image name, from a COCO-style file."""
-    if not path or not Path(path).exists():
-        fail(f"--objective noisyclip trains on captions: {path} does not exist; pass a COCO-style file with --captions")
-    coco = json.loads(Path(path).read_text())
-    name_of, captions = {i["id"]: i["file_name"] for i in coco["images"]}, {}
-    for a in coco["annotations"]:
-        captions.setdefault(name_of[a["image_id"]], []).append(a["caption"])
-    if missing := [n for n in names if n not in captions]:
-        fail(f"{path} has no caption for {len(missing)} of the {len(names)} training images, {missing[0]} for one")
-    return [captions[n] for n in names]
+def training_images(out, shards, reward, batch):
+    """Dataset of (z_0, pixels), memory-mapped, or where these are small of (z_0, e_RM, h_RM)."""
+    files = [Path(out, shard["file"]) for shard in shards]
+    if missing := [file for file in files if not file.exists()]:
+        fail(f"{missing[0]} is missing; make it with: python 01_cache_features.py --out {out}")
+    tensors = [torch.load(file, weights_only=True, mmap=True) for file in files]
+    data = ConcatDataset([TensorDataset(shard["z0"], shard["pixels"]) for shard in tensors])
+    if len(data) * reward.visual.positional_embedding.nbytes > KEPT_TARGETS:  # shaped as h_RM
+        return data
+    parts = [batch_of(data, reward, k) for k in torch.arange(len(data)).split(batch)]
+    return TensorDataset(*(torch.cat(v).cpu() for v in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
-def validate(model, z0, target, eps, batch=100):
-    """Error of the embedding on held-out images at each sigma: mean squared distance to e_RM, and that of the constant mean, for scale."""
-    rows = {}
-    for sigma, noise in zip(SIGMAS, eps):
-        e = torch.cat([model.embed(add_noise(z, n, s), s) for z, n in zip(z0.split(batch), noise.split(batch)) for s in [torch.full((len(z),), sigma, device=z.device)]])
-        rows[f"val_{sigma}"] = float((e - target).square().sum(-1).mean())
+def validate(model, reward, probe, seed, batch):
+    """{val_<sigma>: mean |e - e_RM|^2} of the probe images, which are not trained on."""
+    z0 = probe["z0"].float().to(reward.device)
+    pixels = probe["pixels"].to(reward.device).split(batch)
+    e_rm = torch.cat([clean_target(reward, x / 255)[0] for x in pixels])
+    row = {}
+    for sigma in SIGMAS:
+        eps = torch.randn(z0.shape, generator=generator(seed, "validate", sigma)).to(z0.device)
+        t = torch.tensor([sigma], device=z0.device)
+        z_t = add_noise(z0, eps, t).split(batch)
+        e = torch.cat([model.embed(z, t.expand(len(z))) for z in z_t])
+        row[f"val_{sigma}"] = float((e - e_rm).square().sum(-1).mean())
+    return row
+
+
+def load(args):
+    """The artefacts of 01 and 02, the reward, the value model as 02 fitted it, its optimiser."""
+    asked = ("reward", "backbone", "resolution")
+    expect = {k: getattr(args, k) for k in asked if getattr(args, k)}
+    cache = load_artifact(Path(args.out, "cache.pt"), expect, "01_cache_features.py")
+    spec = cache["spec"]
+    stitch = load_artifact(Path(args.out, "stitch.pt"), spec, "02_fit_stitch.py")
+    fit = stitch["data"][args.front]
+    device = torch.device(args.device)
+    reward = Reward(args.reward, args.preset, device)
+    backbone = Backbone(args.backbone, args.preset, device, getattr(torch, args.dtype))
+    transformer = backbone.transformer if args.front == "dit" else None
+    if transformer:
+        keep_blocks(transformer, fit["i"])  # V needs no more of it
+    null = [v.to(device) for v in cache["data"]["null"]]
+    layer = Stitch(fit["W"], fit["bias"], spec["reward_grid"], spec["antialias"])
+    norm = cache["data"]["probe"]["embedding_norm"]
+    which = fit["i"], fit["j"], fit["cls"], args.front, args.embedding, norm
+    model = StitchedValue(transformer, null, reward, layer, *which).to(device)
+    if args.dtype == "bfloat16":  # the weights and the targets stay float32
+        model.head = torch.autocast(device.type, torch.bfloat16)(model.head)
+    tail = [p for k, p in model.named_parameters() if p.requires_grad and k[:6] != "stitch"]
+    groups = [dict(params=tail, peak=args.lr)]
+    groups += [dict(params=[*model.stitch.parameters()], peak=args.lr * args.stitch_lr)]
+    return cache, stitch, reward, model, torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
+def train(args, model, optimizer, reward, data, probe, run, checkpoint, accelerator):
+    """The logged rows; model is left with its last weights, or with their average."""
+    weights = model.trained_state()  # trap: these are the parameters' own memory, not copies
+    average = {k: v.clone() for k, v in weights.items()} if args.ema else {}
+    rows = []
+    if args.resume:
+        saved = load_artifact(checkpoint, run, "03_finetune.py")["data"]
+        model.load_state_dict(saved["weights"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        average = {k: v.to(reward.device) for k, v in saved["average"].items()}
+        rows = saved["rows"]
+    last = rows[-1] if rows else dict(step=0, seconds=0.0)
+    begin = now(reward.device) - last["seconds"]
+    steps = run["steps"]
+    micro = args.micro_batch or args.batch
+    share = torch.arange(args.batch) + args.batch * accelerator.process_index
+    n = args.batch * accelerator.num_processes
+    totals = 0
+    for step in trange(last["step"], steps, disable=not accelerator.is_main_process):
+        # every process draws the whole batch and takes its share: the same data as in one
+        draw = generator(args.seed, "train", step)
+        index = torch.randint(len(data), (n,), generator=draw)[share]
+        t = sample_sigma(n, args.sigma_law, draw)[share].to(reward.device)
+        eps = torch.randn(n, *probe["z0"].shape[1:], generator=draw)[share].to(reward.device)
+        z0, e_rm, h_rm = batch_of(data, reward, index)
+        z_t = add_noise(z0, eps, t)
+        for k in torch.arange(args.batch).split(micro):
+            target = e_rm[k], h_rm[k]
+            loss, parts = step_loss(model, reward, z_t[k], t[k], target, args.lam_tok)
+            weight = len(k) / args.batch
+            (weight * loss).backward()
+            totals = totals + weight * torch.stack([loss, *parts.values()]).detach()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, steps, args.warmup, args.schedule)
+            for p in group["params"] if accelerator.num_processes > 1 else ():
+                p.grad = accelerator.reduce(p.grad, "mean")
+        optimizer.step()
+        optimizer.zero_grad()
+        if args.ema:
+            follow = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
+            follow([*average.values()], [*weights.values()], None)
+        saves = (step + 1) % args.save_every == 0 or step + 1 == steps
+        if (step + 1) % args.log_every and not saves:
+            continue  # nothing above waits for the device
+        means = accelerator.reduce(totals, "mean") / (step + 1 - last["step"])
+        totals = 0
+        last = dict(step=step + 1, seconds=round(now(reward.device) - begin, 2))
+        last |= zip(("loss", *parts), means.tolist(), strict=True)
+        rows.append(last)
+        if saves:
+            last |= validate(model, reward, probe, args.seed, micro)
+        if not all(map(math.isfinite, last.values())):
+            good = checkpoint if checkpoint.exists() else "the stitch"
+            fail(f"NaN or infinite by step {step + 1}: lower --lr; the last good state is {good}")
+        if saves and accelerator.is_main_process:
+            print_table([last], last)
+            saved = dict(weights=weights, average=average, optimizer=optimizer.state_dict())
+            save_training(checkpoint, "03_finetune", run, saved | dict(rows=rows))
+    model.load_state_dict(average, strict=False)
     return rows
 
 
 def main(args):
-    if args.dry_run:
-        return dry_run(args)
-    kind = "noisyclip" if args.objective == "noisyclip" else "vae" if args.front == "vae" else None
-    suffix = f"_{kind}" if kind else ""
-    path = Path(args.value or Path(args.out) / f"value{suffix}.pt")
-    if args.objective == "noisyclip":
-        args.front, args.embedding = "vae", "unit"
-    expect = {"reward": args.reward, "backbone": args.backbone} | ({"resolution": args.resolution} if args.resolution else {})
-    cache = load_artifact(Path(args.out) / "cache.pt", expect, "01_cache_features.py")
-    stitch = load_artifact(Path(args.out) / "stitch.pt", expect | {"latent_space": cache["spec"]["latent_space"], "resolution": cache["spec"]["resolution"]}, "02_fit_stitch.py")
-    fit, probe = stitch["data"][args.front], cache["data"]["probe"]
-    device = torch.device(args.device)
-    reward = Reward(args.reward, args.preset, device)
-    if args.objective == "noisyclip" and not reward.uses_text:
-        fail(f"{args.reward} has no text tower to train NoisyCLIP against; leave --objective noisyclip out")
-    if args.objective == "noisyclip" and args.micro_batch:
-        fail("--objective noisyclip contrasts the whole batch: pass --micro-batch 0")
-    transformer = None
-    if args.front == "dit":
-        transformer = Backbone(args.backbone, args.preset, device, getattr(torch, args.dtype)).transformer
-        keep_blocks(transformer, fit["i"])  # V needs no more of it
-    norm = probe["embedding_norm"]
-    model = StitchedValue(transformer, [v.to(device) for v in cache["data"]["null"]], reward, Stitch(fit["W"], fit["bias"], cache["spec"]["reward_grid"], cache["spec"]["antialias"]),
-                          fit["i"], fit["j"], fit["cls"], args.front, args.embedding, norm).to(device)
-    data = Cached(args.out, cache["data"]["shards"])
-    if args.dtype == "bfloat16":  # the tail computes in half precision; its weights and the target stay float32
-        model.head = torch.autocast(device.type, torch.bfloat16)(model.head)
-    text_of = scale = None
-    if args.objective == "noisyclip":
-        captions = load_captions(args.captions, data.names())
-        texts = sorted({c for cs in captions for c in cs})
-        row = {c: k for k, c in enumerate(texts)}
-        text_of, caption_rows = reward.encode_text(texts), [[row[c] for c in cs] for cs in captions]
-        scale = reward.model.logit_scale.exp().item()
+    from accelerate import Accelerator
 
-    def targets(index):
-        """Of the images at index: the same in every epoch, so kept where all of them are small."""
-        if kept is not None:
-            return [v[index].to(device) for v in kept]
-        return clean_target(reward, data.rows(index, "pixels")[0].to(device).float() / 255)
-
-    kept = None
-    if args.objective != "noisyclip" and len(data) * sum(v.nbytes for v in targets(torch.zeros(1, dtype=torch.long))) < KEPT_TARGETS:
-        kept = [torch.cat(v) for v in zip(*([v.cpu() for v in targets(rows)] for rows in torch.arange(len(data)).split(args.batch)))]
-
-    rank, world = processes()
-    if args.objective == "noisyclip" and world > 1:
-        fail("--objective noisyclip contrasts the whole batch, which several processes do not hold: run it as one")
-    steps = args.steps or math.ceil(args.epochs * len(data) / (args.batch * world))
-    slow = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("stitch")]
-    optimizer = torch.optim.AdamW([dict(params=slow, lr=args.lr), dict(params=list(model.stitch.parameters()), lr=args.lr * args.stitch_lr)],
-                                  weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
-    peak = [g["lr"] for g in optimizer.param_groups]
-    draw, start, rows, seconds = generator(args.seed, "train"), 0, [], 0.0
-    average = {k: v.clone() for k, v in model.trained_state().items()} if args.ema else None
-    running = path.with_suffix(".train")
-    must_agree = {"stitch": stitch["id"], "steps": steps, "processes": world} | {k: getattr(args, k) for k in (
-        "seed", "front", "objective", "embedding", "sigma_law", "lam_tok", "batch", "micro_batch", "lr", "stitch_lr", "warmup", "schedule", "ema", "log_every")}
-    if args.resume:
-        saved = load_artifact(running, must_agree, "03_finetune.py")["data"]
-        model.load_state_dict(saved["state"], strict=False), optimizer.load_state_dict(saved["optimizer"]), draw.set_state(saved["draw"].clone())
-        start, rows, seconds = saved["step"], saved["rows"], saved["seconds"]
-        average = {k: v.clone() for k, v in saved["average"].items()} if args.ema else None
-
-    with torch.no_grad():
-        z0 = probe["z0"].float().to(device)
-        held_out = torch.cat([clean_target(reward, p.to(device).float() / 255)[0] for p in probe["pixels"].split(args.micro_batch or 100)])
-        noise = [torch.randn(z0.shape, generator=generator(args.seed, "validate", s)).to(device) for s in SIGMAS]
-    frozen = sum(p.numel() for p in transformer.parameters()) if transformer is not None else 0
-    if rank == 0:
-        print(f"{args.front} front, i = {fit['i']}, j = {fit['j']}; {sum(p.numel() for p in slow) + sum(p.numel() for p in model.stitch.parameters()):,} trained parameters "
-              f"({frozen:,} frozen in the backbone); {len(data)} images x {steps * args.batch * world / len(data):.1f} epochs = {steps} steps of {args.batch}{f' x {world} processes' if world > 1 else ''}")
-
-    def checkpoint(step):
-        if rank > 0:
-            return
-        save_training(running, "03_finetune", must_agree, dict(
-            state=model.trained_state(), optimizer=optimizer.state_dict(), draw=draw.get_state(), step=step, rows=rows, seconds=seconds, average=average))
-
-    began, logged, bad, sums, bar = time.time(), start, torch.zeros((), dtype=torch.bool, device=device), {}, tqdm(range(start, steps), initial=start, total=steps, desc="finetune", disable=rank > 0)
-    for step in bar:
-        # every process draws the whole batch and takes its share: the same data as one process with a batch as large as all of theirs
-        index = torch.randint(len(data), (args.batch * world,), generator=draw)
-        t, eps = sample_sigma(len(index), args.sigma_law, draw), torch.randn(len(index), *z0.shape[1:], generator=draw)
-        chosen = torch.randint(1 << 30, (len(index),), generator=draw) if args.objective == "noisyclip" else index
-        index, t, eps, chosen = (v[rank * args.batch:(rank + 1) * args.batch] for v in (index, t, eps, chosen))
-        latents, = data.rows(index, "z0")
-        zt, t = add_noise(latents.float(), eps, t).to(device), t.to(device)
-        text = text_of[[caption_rows[k][c % len(caption_rows[k])] for k, c in zip(index.tolist(), chosen.tolist())]] if args.objective == "noisyclip" else None
-        for group, lr in zip(optimizer.param_groups, peak):
-            group["lr"] = lr * learning_rate(step, steps, args.warmup, args.schedule)
-        optimizer.zero_grad()
-        total, micro = {}, args.micro_batch or args.batch
-        for k in range(0, args.batch, micro):
-            part, share = slice(k, k + micro), min(micro, args.batch - k) / args.batch
-            target = None if args.objective == "noisyclip" else targets(index[part])
-            loss, parts = step_loss(model, reward, zt[part], t[part], target, args.objective, args.lam_tok, text, scale)
-            (share * loss).backward()
-            total = {k: total.get(k, 0) + share * v.detach() for k, v in {"loss": loss, **parts}.items()}
-        average_over_processes([p.grad for g in optimizer.param_groups for p in g["params"]])
-        optimizer.step()
-        if args.ema:
-            state = model.trained_state()
-            follow(list(average.values()), [state[k] for k in average], decay_at(step, args.ema))
-        bad |= ~total["loss"].isfinite()  # no host-device sync inside the loop: looked at when a line is logged
-        sums = {k: sums.get(k, 0) + v for k, v in total.items()}
-        save = (step + 1) % args.save_every == 0 or step + 1 == steps
-        if (step + 1) % args.log_every == 0 or save:  # a checkpoint is written only after the loss was found finite
-            if bad:
-                fail(f"the loss became NaN or infinite before step {step + 1}; the last good state is {running if running.exists() else 'the stitch'}; start again with a lower --lr")
-            seconds, began = seconds + time.time() - began, time.time()
-            average_over_processes(list(sums.values()))
-            count, logged = step + 1 - logged, step + 1
-            rows.append(dict(step=step + 1, seconds=round(seconds, 2), **{k: float(v) / count for k, v in sums.items()}))
-            sums = {}
-            bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}")
-        if save:
-            if args.objective == "distill":
-                rows[-1].update(validate(model, z0, held_out, noise, args.micro_batch or 100))
-                tqdm.write(f"step {step + 1}/{steps}  loss {rows[-1]['loss']:.4f}  " + "  ".join(f"{k} {rows[-1][k]:.4f}" for k in rows[-1] if k.startswith("val_")))
-            checkpoint(step + 1)
-
-    if rank > 0:
-        return
-    if args.ema:
-        model.load_state_dict(average, strict=False)
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.trained_state().items()}
-    spec = cache["spec"] | {"i": fit["i"], "j": fit["j"], "front": args.front, "objective": args.objective, "embedding": args.embedding}
-    save_artifact(path, "03_finetune", args, spec, dict(state=state, norm=norm, null=cache["data"]["null"]), [cache, stitch])
-    save_table(args, "03_finetune" + suffix, rows)
-    running.unlink(missing_ok=True)
-    curve(rows, Path(args.out) / f"03_finetune{suffix}.png")
-    print_table(rows[-1:], rows[-1].keys())
-
-
-def dry_run(args):
-    reward = Reward(args.reward, args.preset, "meta", weights=False)
-    backbone, null = meta_backbone(args.backbone)
-    noisy, cases = args.objective == "noisyclip", []
-    for i in (0,) if noisy or args.front == "vae" else (12, 4):  # a late stitch, and the paper's for CLIP on SD 3.5 Medium: the search decides
-        keep_blocks(backbone.transformer, i)
-        model, latent = meta_value(backbone, null, reward, i, args.resolution)
-        B = min(args.micro_batch or args.batch, args.batch)
-        z, pixels = torch.empty(B, *latent, device="meta"), torch.empty(B, 3, reward.size, reward.size, device="meta")
-        text = torch.empty(B, reward.visual.output_dim, device="meta")
-        step = lambda: step_loss(model, reward, z, z[:, 0, 0, 0], None if noisy else clean_target(reward, pixels), args.objective, args.lam_tok, text, 100.0)[0].backward()
-        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        front = [backbone.transformer] if i else []
-        weights = gib(*front, reward.visual, model) + 12 * learns / 2 ** 30  # float32 gradient and AdamW's two moments
-        model.bfloat16().stitch.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(),))  # stands for autocast, which the meta device lacks
-        tflop, saved = count(step, [model, reward.visual, *front])
-        steps = args.steps or math.ceil(args.epochs * 100_000 / args.batch)
-        method = "noisyclip" if noisy else f"stitchvm, i = {i}" if i else "vae-stitch"
-        cases.append(dict(method=method, unit=f"step of {args.batch}", tflop=tflop * args.batch / B, saved_gib=saved, peak_gib=weights + saved, n=steps))
-    report_dry_run(args, "03_finetune", cases, [*front, reward.visual], [model])
-
-
-def curve(rows, path):
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
-    for k in rows[0]:
-        if k not in ("step", "seconds") and not k.startswith("val_"):
-            left.plot([r["step"] for r in rows], [r[k] for r in rows], label=k)
-    for k in rows[-1]:
-        if k.startswith("val_"):
-            right.plot([r["step"] for r in rows if k in r], [r[k] for r in rows if k in r], "o-", ms=3, label=f"sigma {k[4:]}")
-    left.set(xlabel="step", title="training loss", yscale="log")
-    right.set(xlabel="step", title="held-out images: |e - e_RM|^2")
-    for axis in (left, right):
-        axis.legend(fontsize=8)
-    save_figure(figure, path)
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    suffix = "_vae" if args.front == "vae" else ""
+    path = Path(args.value or Path(args.out, f"value{suffix}.pt"))
+    checkpoint = path.with_suffix(".train")
+    cache, stitch, reward, model, optimizer = load(args)
+    data = training_images(args.out, cache["data"]["shards"], reward, args.batch)
+    n = args.batch * accelerator.num_processes
+    steps = args.steps or math.ceil(args.epochs * len(data) / n)
+    run = vars(args) | dict(out=None, device=None, resume=None)  # all else must agree to resume
+    run |= dict(stitch=stitch["id"], steps=steps, processes=accelerator.num_processes)
+    accelerator.print(f"{steps} steps of {n} images on {accelerator.num_processes} processes")
+    probe = cache["data"]["probe"]
+    rows = train(args, model, optimizer, reward, data, probe, run, checkpoint, accelerator)
+    if accelerator.is_main_process:
+        spec = cache["spec"] | {k: getattr(model, k) for k in ("i", "j", "front", "embedding")}
+        state = {k: v.cpu() for k, v in model.trained_state().items()}
+        data = dict(state=state, norm=model.norm, null=cache["data"]["null"])
+        spec["objective"] = "distill"
+        save_artifact(path, "03_finetune", args, spec, data, [cache, stitch])
+        save_table(args, f"03_finetune{suffix}", rows)
+        panels = ["loss", *(f"val_{sigma}" for sigma in SIGMAS)]
+        draw_lines(rows, "step", panels, None, Path(args.out, f"03_finetune{suffix}.png"))
+        checkpoint.unlink()
 
 
 if __name__ == "__main__":

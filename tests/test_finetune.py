@@ -1,0 +1,406 @@
+"""Stage 03 and NoisyCLIP: losses by hand, data by index, several processes, parts of a batch."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import children
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import common
+
+finetune = importlib.import_module("03_finetune")
+noisyclip = importlib.import_module("noisyclip")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def refusal(call, *args):
+    """The one sentence with which a call stops; a string makes the exit code 1."""
+    with pytest.raises(SystemExit) as e:
+        call(*args)
+    assert isinstance(e.value.code, str) and e.value.code.startswith("error: ")
+    assert "\n" not in e.value.code
+    return e.value.code
+
+
+# ---------------------------------------------------------------------------- losses
+def test_distill_loss_by_hand():
+    """(78): a sum over the embedding, a mean over the tokens' elements, both means over images."""
+    e, e_rm = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.6, 0.8]])
+    h = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    h_rm = torch.tensor([[[1.0, 0.0]], [[0.0, 4.0]]])
+    loss, parts = finetune.distill_loss(e, h, e_rm, h_rm, lam_tok=0.5)
+    assert float(parts["embedding"]) == pytest.approx((2 + 1) / 2)
+    assert float(parts["tokens"]) == pytest.approx((4 + 9) / 4)
+    assert float(loss) == pytest.approx(1.5 + 0.5 * 3.25)
+
+
+def test_distill_loss_is_zero_only_at_the_target():
+    e, h = unit(4, 6), torch.randn(4, 3, 5)
+    assert float(finetune.distill_loss(e, h, e, h)[0]) == 0
+    assert float(finetune.distill_loss(e.roll(1, 0), h, e, h)[0]) > 0
+    assert float(finetune.distill_loss(e, h.roll(1, 1), e, h)[0]) > 0
+
+
+def test_distill_loss_gradient():
+    """2 (e - e_RM) / B and 2 lam (h - h_RM) / elements; the targets are not moved."""
+    e, h = unit(4, 6).requires_grad_(), torch.randn(4, 3, 5).requires_grad_()
+    e_rm, h_rm = unit(4, 6), torch.randn(4, 3, 5)
+    finetune.distill_loss(e, h, e_rm, h_rm, 0.7)[0].backward()
+    assert_close(e.grad, 2 * (e - e_rm).detach() / 4)
+    assert_close(h.grad, 0.7 * 2 * (h - h_rm).detach() / 60)
+
+
+def test_proposition_1_and_why_the_embedding_is_not_normalised():
+    """The best e for many targets is their mean, so <e, text> is the mean score [D14].
+
+    The best unit vector overstates it by 1 / |mean|.
+    """
+    e_rm, text = F.normalize(torch.randn(64, 8) + 0.5, dim=-1), unit(8)
+    h = torch.zeros(64, 1, 1)
+    mean = e_rm.mean(0)
+    length = float(mean.norm())
+
+    def loss(e):
+        return finetune.distill_loss(e.expand_as(e_rm), h, e_rm, h)[1]["embedding"]
+
+    e = torch.randn(8, requires_grad=True)
+    # a quadratic of curvature 2: one Newton step lands on the minimiser
+    best = (e - torch.autograd.grad(loss(e), e)[0] / 2).detach()
+    assert_close(best, mean, rtol=0, atol=1e-6)
+    assert float(best @ text) == pytest.approx(float((e_rm @ text).mean()), abs=1e-6)
+    raw = torch.randn(8, requires_grad=True)
+    for _ in range(400):
+        slope = torch.autograd.grad(loss(F.normalize(raw, dim=-1)), raw)[0]
+        raw = (raw - 0.5 * slope).detach().requires_grad_()
+    best_unit = F.normalize(raw, dim=-1).detach()
+    excess = float(loss(best_unit) - loss(mean))
+    assert length < 0.8 and excess == pytest.approx((1 - length) ** 2, rel=1e-3)
+    overstated = float((e_rm @ text).mean()) / length
+    assert float(best_unit @ text) == pytest.approx(overstated, rel=1e-2)
+
+
+def test_aesthetic_loss_by_hand():
+    """(79): d^2 / 2 up to 1 and |d| - 1/2 beyond, a mean over the elements, weights 1."""
+    e, h, score = torch.tensor([[0.0, 0.0]]), torch.tensor([[[0.0], [0.0]]]), torch.tensor([5.0])
+    e_rm, h_rm = torch.tensor([[0.6, -0.8]]), torch.tensor([[[3.0], [-0.2]]])
+    loss, parts = finetune.aesthetic_loss(e, h, score, e_rm, h_rm, torch.tensor([7.0]))
+    expected = dict(embedding=(0.18 + 0.32) / 2, tokens=(2.5 + 0.02) / 2, score=1.5)
+    assert {k: float(v) for k, v in parts.items()} == pytest.approx(expected)
+    assert float(loss) == pytest.approx(sum(expected.values()))
+    assert float(finetune.aesthetic_loss(e, h, score, e, h, score)[0]) == 0
+
+
+def test_noisyclip_loss_of_distinct_texts_is_clips():
+    """Against cross-entropies, and against the symmetric loss by loops."""
+    e, text = unit(6, 16), unit(6, 16)
+    logits = 10 * e @ text.T
+    label = torch.arange(6)
+    expected = (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
+    assert_close(noisyclip.noisyclip_loss(e, text, 10), expected)
+    total = 0.0
+    for left, right in ((e, text), (text, e)):
+        for a in range(6):
+            row = [10 * float(left[a] @ right[b]) for b in range(6)]
+            total -= (row[a] - math.log(sum(map(math.exp, row)))) / 12
+    assert float(expected) == pytest.approx(total, rel=1e-5)
+
+
+def test_noisyclip_loss_has_no_equal_texts_among_its_negatives():
+    """Against loops that leave out other images of the same text."""
+    e, ids = unit(6, 16), [0, 1, 1, 2, 0, 0]
+    text = unit(3, 16)[ids]
+    logits = (10 * e @ text.T).double()
+    expected = 0.0
+    for a in range(6):
+        others = [b for b in range(6) if b == a or ids[b] != ids[a]]
+        expected -= (logits[a, a] - logits[a, others].logsumexp(0)) / 12
+        expected -= (logits[a, a] - logits[others, a].logsumexp(0)) / 12
+    found = float(noisyclip.noisyclip_loss(e, text, 10))
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_noisyclip_loss_prefers_the_right_pairs():
+    text = unit(6, 16)
+    orders = [0, 1, 2, 3, 4, 5], [1, 0, 2, 3, 4, 5], [1, 2, 3, 4, 5, 0]
+    right, two, none = (float(noisyclip.noisyclip_loss(text[k], text, 10)) for k in orders)
+    assert right + 0.5 < two < none
+
+
+# ---------------------------------------------------------------------------- noise levels, rates
+LOGIT_NORMAL = 0.5 * math.erfc(math.log(3) / 2**0.5)
+
+
+@pytest.mark.parametrize(
+    "law, below_quarter, spread, density",
+    [("logit-normal", LOGIT_NORMAL, 0.2083, 1.5958), ("uniform", 0.25, 12**-0.5, 1.0)],
+)
+def test_sample_sigma(law, below_quarter, spread, density):
+    """[D2] Mean, median, spread and lower tail within four standard errors of theory."""
+    n = 40000
+
+    def draw(seed):
+        return finetune.sample_sigma(n, law, torch.Generator().manual_seed(seed)).double()
+
+    s = draw(3)
+    assert s.shape == (n,) and 0 <= s.min() < 0.05 and 0.95 < s.max() < 1
+    assert abs(s.mean() - 0.5) < 4 * spread / n**0.5
+    assert abs(s.median() - 0.5) < 4 / (2 * density * n**0.5)
+    error = (below_quarter * (1 - below_quarter) / n) ** 0.5
+    assert abs((s < 0.25).double().mean() - below_quarter) < 4 * error
+    assert float(s.std()) == pytest.approx(spread, rel=0.02)
+    assert torch.equal(s, draw(3)) and not torch.equal(s, draw(4))
+
+
+def test_learning_rate():
+    """Linear from 1/warmup to 1, then constant; a cosine is half way down in the middle."""
+
+    def rate(step, warmup=10, schedule="constant", steps=100):
+        return finetune.learning_rate(step, steps, warmup, schedule)
+
+    assert [rate(k) for k in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+    assert rate(0, warmup=0) == 1
+    assert [rate(k, 0, "cosine") for k in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+    assert 0 < rate(99, 10, "cosine") < 1e-3
+    falling = [rate(k, 10, "cosine") for k in range(9, 100)]
+    assert falling == sorted(set(falling), reverse=True)
+    assert rate(0, 10, "cosine") == pytest.approx(0.1)
+
+
+# ---------------------------------------------------------------------------- data
+@pytest.fixture
+def shards(tmp_path):
+    """Three shards of 3, 1 and 4 images: the folder, its list, everything in one piece."""
+    z0 = torch.randn(8, 2, 3, 3).half()
+    pixels = torch.randint(256, (8, 3, 2, 2), dtype=torch.uint8)
+    whole = dict(z0=z0, pixels=pixels, names=[f"{k}.png" for k in range(8)])
+    (tmp_path / "cache").mkdir()
+    listed = []
+    for k, (a, b) in enumerate([(0, 3), (3, 4), (4, 8)]):
+        listed.append(dict(file=f"cache/shard_{k:05d}.pt", images=b - a))
+        torch.save({n: v[a:b] for n, v in whole.items()}, tmp_path / listed[-1]["file"])
+    return tmp_path, listed, whole
+
+
+class Pixels:
+    """A reward whose raw embedding and tokens are the pixels."""
+
+    device = torch.device("cpu")
+    visual = SimpleNamespace(positional_embedding=torch.zeros(12))
+
+    def embed(self, x):
+        return x.flatten(1), x.flatten(1)[:, None]
+
+
+INDICES = [0, 1, 2, 3, 4, 5, 6, 7], [7, 0, 3, 5, 2], [6, 6, 3, 0, 3, 7, 0], [5], [3, 3, 3]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize("limit", [0, 2**30], ids=["computed", "in memory"])
+def test_batches_keep_the_order_of_the_index(shards, monkeypatch, index, limit):
+    """Across shards, unsorted and repeated; a latent stays with its own image's targets."""
+    monkeypatch.setattr(finetune, "KEPT_TARGETS", limit)
+    out, listed, whole = shards
+    data = finetune.training_images(out, listed, Pixels(), 3)
+    assert len(data) == 8 and len(data[0]) == (3 if limit else 2)
+    z0, e_rm, h_rm = finetune.batch_of(data, Pixels(), torch.tensor(index))
+    pixels = whole["pixels"][index].flatten(1) / 255
+    assert torch.equal(z0, whole["z0"][index].float()) and torch.equal(h_rm, pixels[:, None])
+    assert_close(e_rm, F.normalize(pixels, dim=-1))
+
+
+def test_noisyclip_reads_the_same_images(shards):
+    out, listed, whole = shards
+    data, names = noisyclip.load_shards(out, listed)
+    assert names == whole["names"] and len(data) == 8
+    assert all(torch.equal(data[k][0], whole["z0"][k]) for k in range(8))
+
+
+def test_a_missing_shard_is_named(shards):
+    out, listed, _ = shards
+    (out / listed[1]["file"]).unlink()
+    for read, more in ((finetune.training_images, (Pixels(), 3)), (noisyclip.load_shards, ())):
+        message = refusal(read, out, listed, *more)
+        assert "shard_00001.pt is missing" in message and "01_cache_features.py" in message
+
+
+def test_load_captions(tmp_path):
+    """From a COCO-style file, whose annotations are in no order."""
+    images = [dict(id=9, file_name="a.png"), dict(id=2, file_name="b.png")]
+    images.append(dict(id=5, file_name="c.png"))
+    said = [(2, "three"), (9, "one"), (9, "two")]
+    annotations = [dict(image_id=k, caption=c) for k, c in said]
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(dict(images=images, annotations=annotations)))
+    found = noisyclip.load_captions(path, ["b.png", "a.png", "b.png"])
+    assert found == [["three"], ["one", "two"], ["three"]]
+    message = refusal(noisyclip.load_captions, path, ["a.png", "c.png", "d.png"])
+    assert "no caption for 2 of the 3 training images, c.png" in message
+    for missing in ("None", str(tmp_path / "nowhere.json")):
+        assert "--captions" in refusal(noisyclip.load_captions, missing, ["a.png"])
+
+
+# ---------------------------------------------------------------------------- processes, parts
+FEW = ["--steps", "3", "--warmup", "1", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a small cache and stitch, and a function that trains on them here."""
+    out = tmp_path_factory.mktemp("run")
+    before = {
+        "01_cache_features": ["--limit", "40", "--probe", "8", "--batch", "20"],
+        "02_fit_stitch": ["--i", "4", "--j", "1"],
+    }
+    for name, flags in before.items():
+        stage = importlib.import_module(name)
+        stage.main(stage.parse_args(["--out", str(out), *flags]))
+
+    def train(*flags, stage=finetune):
+        stage.main(stage.parse_args([*FEW, "--out", str(out), *map(str, flags)]))
+
+    return out, train
+
+
+def logged(out, suffix=""):
+    """The rows of a table, but for the time."""
+    rows = json.loads((out / f"03_finetune{suffix}.json").read_text())["rows"]
+    assert len(rows) == 3 and all(row["loss"] > 0 for row in rows) and "val_0.5" in rows[-1]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def assert_same(found, wanted):
+    """The same losses and errors on held-out images, to rounding."""
+    for a, b in zip(found, wanted, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_two_processes_are_one_with_twice_the_batch(run):
+    """Over gloo; the first alone writes."""
+    out, train = run
+    train("--front", "vae", "--batch", 16, "--value", out / "whole.pt")
+    wanted, before = logged(out, "_vae"), set(out.iterdir())
+    flags = ("--front", "vae", "--batch", 8, "--value", out / "two.pt")
+    children.run_two("03_finetune", *FEW, "--out", out, *flags)
+    assert_same(logged(out, "_vae"), wanted)
+    assert set(out.iterdir()) - before == {out / "two.pt"}
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes(run):
+    """Where there are no cards, its --multi_gpu starts two processes on the CPU."""
+    out, train = run
+    train("--batch", 16)
+    wanted = logged(out)
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+    launch += " --mixed_precision no --dynamo_backend no --main_process_port 0 03_finetune.py"
+    command = [sys.executable, "-m", *launch.split(), *FEW, "--out", str(out), "--batch", "8"]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(common.ROOT))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(logged(out), wanted)
+    assert "2 processes" in done.stdout and done.stdout.count("wrote") == 3
+
+
+def test_parts_of_a_batch_are_the_batch(run):
+    """Gradients of parts of 6, 6 and 4 images add up to those of 16."""
+    out, train = run
+    train("--batch", 16)
+    whole = logged(out)
+    train("--batch", 16, "--micro-batch", 6)
+    assert_same(logged(out), whole)
+
+
+def test_targets_are_the_same_computed_or_in_memory(run, monkeypatch):
+    out, train = run
+    train("--batch", 16)
+    whole = logged(out)
+    monkeypatch.setattr(finetune, "KEPT_TARGETS", 0)
+    train("--batch", 16)
+    assert_same(logged(out), whole)
+
+
+def test_the_average_of_the_weights(run):
+    """After one step the decay is .1, whatever --ema allows: .1 old + .9 new."""
+    out, train = run
+    paths = out / "last.pt", out / "average.pt"
+    for path, ema in zip(paths, ("0", "0.9"), strict=True):
+        train("--steps", 1, "--batch", 4, "--ema", ema, "--value", path)
+    last, average = (torch.load(p, weights_only=True)["data"]["state"] for p in paths)
+    args = finetune.parse_args(["--out", str(out)])
+    first = finetune.load(args)[3].trained_state()
+    assert last.keys() == average.keys() == first.keys()
+    assert any(not torch.equal(last[k], first[k]) for k in first)
+    for k, v in average.items():
+        assert_close(v, 0.1 * first[k] + 0.9 * last[k])
+
+
+def test_resume_goes_on_only_from_the_same_run(run, monkeypatch):
+    """Without a checkpoint it says so; one of other flags is refused with both values."""
+    out, train = run
+    flags = ("--batch", 4, "--value", out / "other.pt")
+    assert "other.train does not exist" in refusal(train, *flags, "--resume")
+    write = finetune.save_training
+
+    def stop(path, *rest):
+        write(path, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "save_training", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(*flags)
+    with pytest.raises(SystemExit, match="does not fit this run\n(.|\n)*lam_tok +1.0 +0.5"):
+        train(*flags, "--resume", "--lam-tok", 0.5)
+
+
+def test_a_contrast_needs_the_whole_batch(run, monkeypatch):
+    """NoisyCLIP's other images are its negatives: neither parts nor processes give its loss."""
+    out, train = run
+
+    def contrast(*flags):
+        train("--batch", 4, "--value", out / "noisyclip.pt", *flags, stage=noisyclip)
+
+    assert "--micro-batch 0" in refusal(contrast, "--micro-batch", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "run it as one" in refusal(contrast)
+    assert not (out / "noisyclip.pt").exists()
+
+
+def test_noisyclip_resumed_gives_the_same_bits(run, one_thread, monkeypatch):
+    """Stopped after its first checkpoint; the artefact is one that 04 reads."""
+    out, train = run
+    flags = ("--batch", 8, "--ema", 0.9, "--save-every", 1)
+    train(*flags, "--value", out / "whole.pt", stage=noisyclip)
+    half = out / "half.pt"
+    write = noisyclip.save_training
+
+    def stop(path, *rest):
+        write(path, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(noisyclip, "save_training", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags, "--value", half, stage=noisyclip)
+    assert half.with_suffix(".train").exists() and not half.exists()
+    train(*flags, "--value", half, "--resume", stage=noisyclip)
+    whole, resumed = (torch.load(p, weights_only=True) for p in (out / "whole.pt", half))
+    spec = dict(front="vae", embedding="unit", objective="noisyclip")
+    assert spec.items() <= resumed["spec"].items() and not half.with_suffix(".train").exists()
+    states = [artifact["data"]["state"] for artifact in (whole, resumed)]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
