@@ -1,12 +1,14 @@
-"""The miniature's world: captioned scenes drawn from a seed, an exact checker, and benchmark folders.
+"""The miniature's world: captioned scenes drawn from a seed, an exact checker, and benchmarks.
 
-A scene is one to three flat shapes on a plain background, 64 x 64 pixels. Everything that a caption says can be read
-back from the pixels, so `check` is this world's exact GenEval. Scenes are split by a hash of what they show (not of
-their pixels): a scene that a benchmark shows is never drawn for training.
+A scene is one to three flat shapes on a plain background, 64 x 64 pixels. All that a caption says
+can be read back from the pixels, so `check` is this world's exact GenEval. Scenes are split by a
+hash of what they show, not of their pixels: what a benchmark shows is never drawn for training.
 
-    python tests/mini/draw.py [DIR]                             write every benchmark folder below DIR (default: data/ beside this file)
-    python tests/mini/draw.py check images.npy prompts.json     print for each uint8 image (N, 64, 64, 3) whether it shows what its prompt says
+    python tests/mini/draw.py [DIR]      write all data below DIR, by default data/ beside this file
+    python tests/mini/draw.py check images.npy prompts.json     does each uint8 image (N, 64, 64, 3)
+                                                                show what its prompt says?
 """
+
 import json
 import os
 import shutil
@@ -18,11 +20,22 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
-SIZE, SCALE = 64, 3  # pixels; scenes are drawn SCALE times larger and reduced, which antialiases the edges
+SIZE = 64  # pixels
+SCALE = 3  # scenes are drawn so many times larger and reduced, which antialiases the edges
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-COLOURS = dict(red=(220, 38, 38), orange=(245, 135, 25), yellow=(250, 220, 50), green=(40, 165, 70),
-               cyan=(50, 205, 215), blue=(45, 95, 230), purple=(135, 55, 185), pink=(245, 140, 190))
-BACKGROUNDS = dict(white=(245, 245, 245), black=(18, 18, 18), gray=(130, 130, 130), navy=(24, 32, 92))
+COLOURS = dict(
+    red=(220, 38, 38),
+    orange=(245, 135, 25),
+    yellow=(250, 220, 50),
+    green=(40, 165, 70),
+    cyan=(50, 205, 215),
+    blue=(45, 95, 230),
+    purple=(135, 55, 185),
+    pink=(245, 140, 190),
+)
+BACKGROUNDS = dict(
+    white=(245, 245, 245), black=(18, 18, 18), gray=(130, 130, 130), navy=(24, 32, 92)
+)
 SIZES = dict(small=(6.5, 7.5), large=(11.5, 13.0))  # radius in pixels
 UNSIZED = (8.0, 10.5)  # radius of the objects of two-object scenes, whose captions name no size
 RELATIONS = ("left of", "above")
@@ -32,14 +45,18 @@ NUMBERS = {1: "one", 2: "two", 3: "three"}
 SYNONYM = dict(large="big", small="tiny")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 PLURAL = {s: s + ("es" if s.endswith("s") else "s") for s in SHAPES}
-WORDS = sorted({*SHAPES, *PLURAL.values(), *COLOURS, *BACKGROUNDS, *SIZES, *SYNONYM.values(),
-                *NUMBERS.values(), *"a an the on with and left right of above below background is are that".split()})
+CONTENT = {*SHAPES, *PLURAL.values(), *COLOURS, *BACKGROUNDS, *SIZES, *SYNONYM.values()}
+GRAMMAR = "a an the on with and left right of above below background is are that"
+WORDS = sorted({*CONTENT, *NUMBERS.values(), *GRAMMAR.split()})
 
 
 # ---------------------------------------------------------------------------- what is in a scene
 def sample_scene(rng, family=None):
     """A random scene: {family, objects: [{shape, color, size}], relation, background}."""
-    pick = lambda names: list(names)[int(rng.random() * len(names))]  # rng.choice is ten times slower
+
+    def pick(names):  # rng.choice is ten times slower
+        return list(names)[int(rng.random() * len(names))]
+
     family = family or pick(FAMILIES)
     one = dict(shape=pick(SHAPES), color=pick(COLOURS), size=None)
     scene = dict(family=family, objects=[one], relation=None, background=pick(BACKGROUNDS))
@@ -57,7 +74,7 @@ def sample_scene(rng, family=None):
 
 
 def scene_key(scene):
-    """What the scene shows, as a string that is the same for every way of saying it ("a and b" is "b and a")."""
+    """What the scene shows, the same for every way of saying it: "a and b" is "b and a"."""
     objects = [f"{o['size']} {o['color']} {o['shape']}" for o in scene["objects"]]
     if scene["relation"] is None:
         objects.sort()
@@ -85,7 +102,8 @@ def caption(scene, form=0, colour=True, size=True, background=True):
         objects, relation = objects[::-1], INVERSE.get(relation)
 
     def noun(o, number):
-        words = [NUMBERS[number] if number > 1 else "one" if form == 4 and len(scene["objects"]) == 1 else "a"]
+        article = "one" if form == 4 and len(scene["objects"]) == 1 else "a"
+        words = [NUMBERS[number] if number > 1 else article]
         if size and o["size"]:
             words.append(SYNONYM[o["size"]] if swap else o["size"])
         if colour:
@@ -100,22 +118,29 @@ def caption(scene, form=0, colour=True, size=True, background=True):
     if not background:
         return phrase
     bg = scene["background"]
-    return (f"{phrase} on a {bg} background", f"on a {bg} background {phrase}", f"a {bg} background with {phrase}",
-            f"{phrase} on {bg}", f"{phrase} with a {bg} background")[form]
+    return (
+        f"{phrase} on a {bg} background",
+        f"on a {bg} background {phrase}",
+        f"a {bg} background with {phrase}",
+        f"{phrase} on {bg}",
+        f"{phrase} with a {bg} background",
+    )[form]
 
 
 def random_caption(rng, scene):
-    """A training caption: any wording, sometimes silent about the background, the sizes or the colours."""
+    """A training caption: any wording, at times silent about background, sizes or colours."""
     background, size, colour = rng.random(3) < (0.85, 0.8, 0.9)
-    if scene["family"] in ("pair", "relation") and scene["objects"][0]["shape"] == scene["objects"][1]["shape"]:
+    shapes = {o["shape"] for o in scene["objects"]}
+    if scene["family"] in ("pair", "relation") and len(shapes) == 1:
         colour = True
     return caption(scene, int(rng.integers(5)), colour, size, background)
 
 
 def parse(prompt):
-    """GenEval metadata of a prompt of this world: {tag, include: [{class, count, color?, size?, position?}], background?, prompt}.
+    """GenEval metadata of a prompt of this world: {tag, include, background?, prompt}.
 
-    Beyond GenEval's keys an entry may have a size and the scene a background. Raises ValueError on a word it does not know.
+    include: [{class, count, color?, size?, position?}]; size and background are not GenEval's.
+    Raises ValueError on a word that it does not know.
     """
     singular = {p: s for s, p in PLURAL.items()} | {s: s for s in SHAPES}
     number = {w: n for n, w in NUMBERS.items()} | {"a": 1, "an": 1}
@@ -123,7 +148,9 @@ def parse(prompt):
     meta, entry, relation = dict(include=[]), {}, None
     for word in prompt.lower().replace(",", " ").replace(".", " ").split():
         if word in singular:
-            meta["include"].append({"class": singular[word], "count": entry.pop("count", 1), **entry})
+            meta["include"].append(
+                {"class": singular[word], "count": entry.pop("count", 1), **entry}
+            )
             entry = {}
         elif word in BACKGROUNDS:
             meta["background"], entry = word, {}  # the article of "a white background" was no count
@@ -137,34 +164,45 @@ def parse(prompt):
             relation = {"left": "left of", "right": "right of"}.get(word, word)
         elif word not in WORDS and word not in ("photo", ","):
             raise ValueError(f"the miniature's prompts do not use the word {word!r}: {prompt!r}")
-    if relation:  # GenEval's convention: the second entry is named first and placed relative to entry 0
+    if relation:  # GenEval's convention: the second entry is placed relative to entry 0
         first, second = meta["include"]
         second["position"] = [INVERSE[relation], 0]
-    many, coloured = len(meta["include"]) > 1, any("color" in e for e in meta["include"])
-    meta["tag"] = ("position" if relation else ("color_attr" if coloured else "two_object") if many else
-                   "counting" if meta["include"][0]["count"] > 1 else "colors" if coloured else "single_object")
-    return meta | {"prompt": prompt}
+    return meta | {"tag": task_of(meta["include"]), "prompt": prompt}
+
+
+def task_of(include):
+    """Which of GenEval's tasks a prompt with these entries belongs to."""
+    coloured = any("color" in e for e in include)
+    if len(include) > 1:
+        if "position" in include[1]:
+            return "position"
+        return "color_attr" if coloured else "two_object"
+    if include[0]["count"] > 1:
+        return "counting"
+    return "colors" if coloured else "single_object"
 
 
 # ---------------------------------------------------------------------------- drawing
 def outline(shape, x, y, r):
     """Polygon corners of a shape of radius r around (x, y), or None for the round ones."""
-    polar = lambda radii, n: [(x + radii[k % len(radii)] * np.sin(2 * np.pi * k / n), y - radii[k % len(radii)] * np.cos(2 * np.pi * k / n))
-                              for k in range(n)]
     if shape == "square":
-        return [(x - .88 * r, y - .88 * r), (x + .88 * r, y - .88 * r), (x + .88 * r, y + .88 * r), (x - .88 * r, y + .88 * r)]
+        a = 0.88 * r
+        return [(x - a, y - a), (x + a, y - a), (x + a, y + a), (x - a, y + a)]
     if shape == "triangle":
-        return [(x, y - r), (x + r, y + .8 * r), (x - r, y + .8 * r)]
+        return [(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)]
     if shape == "star":
-        return polar((1.08 * r, .46 * r), 10)
+        corners = [(2 * np.pi * k / 10, (1.08 * r, 0.46 * r)[k % 2]) for k in range(10)]
+        return [(x + q * np.sin(angle), y - q * np.cos(angle)) for angle, q in corners]
     if shape == "cross":
-        a = .34 * r
-        return [(x - a, y - r), (x + a, y - r), (x + a, y - a), (x + r, y - a), (x + r, y + a), (x + a, y + a), (x + a, y + r),
-                (x - a, y + r), (x - a, y + a), (x - r, y + a), (x - r, y - a), (x - a, y - a)]
+        a = 0.34 * r
+        top = [(x - a, y - r), (x + a, y - r), (x + a, y - a), (x + r, y - a)]
+        bottom = [(x + r, y + a), (x + a, y + a), (x + a, y + r), (x - a, y + r)]
+        return [*top, *bottom, (x - a, y + a), (x - r, y + a), (x - r, y - a), (x - a, y - a)]
+    return None
 
 
 def place(rng, scene, tries=256):
-    """Centres and radii: [(x, y, r)], apart from each other and from the border, as the relation asks."""
+    """[(x, y, r)] apart from each other and from the border, as the relation asks; pixels."""
     low, high = np.array([SIZES.get(o["size"], UNSIZED) for o in scene["objects"]]).T
     while True:  # many layouts at once, the first good one wins
         r = rng.uniform(low, high, (tries, len(low)))
@@ -174,28 +212,39 @@ def place(rng, scene, tries=256):
             for b in range(a):
                 good &= np.abs(xy[..., a] - xy[..., b]).max(0) > 1.1 * (r[:, a] + r[:, b]) + 3
         if scene["relation"]:
-            dx, dy = xy[..., 1] - xy[..., 0]
-            good &= (dx > 0) & (abs(dy) < 10) if scene["relation"] == "left of" else (dy > 0) & (abs(dx) < 10)
+            along, across = xy[..., 1] - xy[..., 0]
+            if scene["relation"] == "above":
+                along, across = across, along
+            good &= (along > 0) & (abs(across) < 10)
         if good.any():
             k = int(good.argmax())
-            return [(float(x), float(y), float(q)) for x, y, q in zip(*xy[:, k], r[k])]
+            return [tuple(map(float, c)) for c in zip(*xy[:, k], r[k], strict=True)]
+
+
+def fill_shape(pen, shape, x, y, r, colour, background):
+    corners = outline(shape, x, y, r)
+    if corners:
+        pen.polygon(corners, fill=colour)
+    else:
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    if shape == "ring":
+        hole = 0.55 * r
+        pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=background)
 
 
 def draw(rng, scene, placed=None):
     """uint8 (64, 64, 3): the scene with small jitter of colours and positions."""
-    jitter = lambda rgb, amount: tuple(int(c) for c in np.clip(np.array(rgb) + rng.integers(-amount, amount + 1, 3), 0, 255))
+
+    def jitter(rgb, amount):
+        moved = np.array(rgb) + rng.integers(-amount, amount + 1, 3)
+        return tuple(int(c) for c in np.clip(moved, 0, 255))
+
     placed = placed or place(rng, scene)
     background = jitter(BACKGROUNDS[scene["background"]], 6)
     image = Image.new("RGB", (SIZE * SCALE,) * 2, background)
     pen = ImageDraw.Draw(image)
-    for o, (x, y, r) in zip(scene["objects"], np.array(placed) * SCALE):
-        colour, corners = jitter(COLOURS[o["color"]], 10), outline(o["shape"], x, y, r)
-        if corners:
-            pen.polygon(corners, fill=colour)
-        else:
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-            if o["shape"] == "ring":
-                pen.ellipse((x - .55 * r, y - .55 * r, x + .55 * r, y + .55 * r), fill=background)
+    for o, (x, y, r) in zip(scene["objects"], np.array(placed) * SCALE, strict=True):
+        fill_shape(pen, o["shape"], x, y, r, jitter(COLOURS[o["color"]], 10), background)
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
@@ -208,20 +257,15 @@ def _nearest(rgb, palette):
 def _unit(mask):
     """A soft mask cropped to its bounding box and stretched to 32 x 32."""
     ys, xs = np.nonzero(mask > 0.5)
-    crop = mask[ys.min():ys.max() + 1, xs.min():xs.max() + 1]
-    return np.asarray(Image.fromarray((crop * 255).astype(np.uint8)).resize((32, 32), Image.Resampling.BILINEAR)) / 255
+    crop = mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    soft = Image.fromarray((crop * 255).astype(np.uint8))
+    return np.asarray(soft.resize((32, 32), Image.Resampling.BILINEAR)) / 255
 
 
 def _template(shape, r):
     image = Image.new("L", (SIZE * SCALE,) * 2)
-    pen, c, r = ImageDraw.Draw(image), SIZE * SCALE / 2, r * SCALE
-    corners = outline(shape, c, c, r)
-    if corners:
-        pen.polygon(corners, fill=255)
-    else:
-        pen.ellipse((c - r, c - r, c + r, c + r), fill=255)
-        if shape == "ring":
-            pen.ellipse((c - .55 * r, c - .55 * r, c + .55 * r, c + .55 * r), fill=0)
+    centre = SIZE * SCALE / 2
+    fill_shape(ImageDraw.Draw(image), shape, centre, centre, r * SCALE, 255, 0)
     return _unit(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX)) / 255)
 
 
@@ -229,13 +273,14 @@ TEMPLATES = np.stack([_template(shape, r) for shape in SHAPES for r in (7, 9, 12
 
 
 def look(image):
-    """What the pixels of a uint8 (64, 64, 3) image show: {background, objects: [{class, color, size, x, y, fit}]}.
+    """What a uint8 (64, 64, 3) image shows: {background, objects}.
 
-    fit in [0, 1] is the overlap with the ideal shape; a blob that fits no shape (below 0.72) has class 'blob'.
+    objects: [{class, color, size, x, y, fit}]; fit in [0, 1] is the overlap with the ideal shape,
+    and what fits no shape (below 0.72) has the class 'blob'.
     """
     image = np.asarray(image, np.float32)
-    frame = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3), image[:, :2].reshape(-1, 3), image[:, -2:].reshape(-1, 3)])
-    background = np.median(frame, 0)
+    frame = [image[:2], image[-2:], image[:, :2], image[:, -2:]]
+    background = np.median(np.concatenate([side.reshape(-1, 3) for side in frame]), 0)
     distance = np.linalg.norm(image - background, axis=-1)
     label, count = ndimage.label(distance > 45)
     objects = []
@@ -245,8 +290,10 @@ def look(image):
             continue
         core = region & (distance >= np.quantile(distance[region], 0.4))
         colour = np.median(image[core], 0)
-        # coverage of each pixel by the object: its projection on the line from the background to the object's colour
-        mask = np.clip((image - background) @ (colour - background) / np.sum((colour - background) ** 2), 0, 1) * ndimage.binary_dilation(region)
+        # coverage of each pixel: its projection on the line from background to object colour
+        away = colour - background
+        mask = np.clip((image - background) @ away / np.sum(away**2), 0, 1)
+        mask = mask * ndimage.binary_dilation(region)
         if (mask > 0.5).sum() < 20:
             continue
         ys, xs = np.nonzero(mask > 0.5)
@@ -254,21 +301,35 @@ def look(image):
         overlap = np.minimum(unit, TEMPLATES).sum((1, 2)) / np.maximum(unit, TEMPLATES).sum((1, 2))
         shape, fit = SHAPES[int(overlap.argmax()) // 3], float(overlap.max())
         extent = max(np.ptp(ys), np.ptp(xs)) + 1
-        objects.append({"class": shape if fit > 0.72 else "blob", "color": _nearest(colour, COLOURS),
-                        "size": "small" if extent < 18 else "large", "x": float(xs.mean()), "y": float(ys.mean()), "fit": fit})
+        objects.append(
+            {
+                "class": shape if fit > 0.72 else "blob",
+                "color": _nearest(colour, COLOURS),
+                "size": "small" if extent < 18 else "large",
+                "x": float(xs.mean()),
+                "y": float(ys.mean()),
+                "fit": fit,
+            }
+        )
     return dict(background=_nearest(background, BACKGROUNDS), objects=objects)
 
 
 def facts(image, meta, seen=None):
-    """{fact: true or false} for every fact that the GenEval metadata `meta` states about the image; `seen` is what look() gave."""
+    """{fact: bool} for all that GenEval metadata state about the image; seen: look(image)."""
     seen = seen or look(image)
-    hits = [[o for o in seen["objects"] if all(o[k] == e[k] for k in ("class", "color", "size") if k in e)] for e in meta["include"]]
+
+    def fitting(entry):
+        asked = {k: entry[k] for k in ("class", "color", "size") if k in entry}
+        return [o for o in seen["objects"] if asked.items() <= o.items()]
+
+    hits = [fitting(e) for e in meta["include"]]
     said = {"total": len(seen["objects"]) == sum(e["count"] for e in meta["include"])}
-    for k, (entry, found) in enumerate(zip(meta["include"], hits)):
+    for k, (entry, found) in enumerate(zip(meta["include"], hits, strict=True)):
         said[f"{k}: {entry}"] = len(found) == entry["count"]
         if "position" in entry:
             relation, other = entry["position"]
-            said["position"] = bool(found and hits[other]) and _is(relation, found[0], hits[other][0])
+            both = bool(found and hits[other])
+            said["position"] = both and _is(relation, found[0], hits[other][0])
     if "background" in meta:
         said["background"] = seen["background"] == meta["background"]
     return said
@@ -276,35 +337,42 @@ def facts(image, meta, seen=None):
 
 def _is(relation, a, b):
     dx, dy = b["x"] - a["x"], b["y"] - a["y"]
-    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
+    sides = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}
+    along, across = sides[relation]
     return along > 6 and along > abs(across)
 
 
 def check(image, prompt):
-    """True if the uint8 (64, 64, 3) image shows exactly what the prompt (text or GenEval metadata) says."""
+    """Whether a uint8 (64, 64, 3) image shows exactly what the prompt, text or metadata, says."""
     return all(facts(image, parse(prompt) if isinstance(prompt, str) else prompt).values())
 
 
-# ---------------------------------------------------------------------------- faults, preferences, votes
+# ---------------------------------------------------------------------------- faults, votes
 def spoil_scene(rng, scene):
     """The same scene with one deliberate fault of content, as (scene, name of the fault)."""
     spoilt = json.loads(json.dumps(scene))
-    other = lambda names, not_this: str(rng.choice([n for n in names if n != not_this]))
-    faults = ["color", "shape", "background"] + (["size"] if scene["objects"][0]["size"] else []) + \
-        (["count"] if scene["family"] in ("single", "count") else ["count", "relation"] if scene["relation"] else ["count"])
+    faults = ["color", "shape", "background"]
+    faults += ["size"] if scene["objects"][0]["size"] else []
+    faults += ["count", "relation"] if scene["relation"] else ["count"]
     fault, k = str(rng.choice(faults)), int(rng.integers(len(spoilt["objects"])))
+
+    def another(names, now):
+        return str(rng.choice([n for n in names if n != now]))
+
     if fault in ("color", "shape", "size"):
-        spoilt["objects"][k][fault] = other({"color": COLOURS, "shape": SHAPES, "size": SIZES}[fault], spoilt["objects"][k][fault])
+        names = {"color": COLOURS, "shape": SHAPES, "size": SIZES}[fault]
+        spoilt["objects"][k][fault] = another(names, spoilt["objects"][k][fault])
     elif fault == "background":
-        spoilt["background"] = other(BACKGROUNDS, spoilt["background"])
+        spoilt["background"] = another(BACKGROUNDS, spoilt["background"])
     elif fault == "relation":
         spoilt["objects"] = spoilt["objects"][::-1]
     else:
         spoilt["relation"] = None  # one object or three: no two to relate
-    if fault == "count" and (len(spoilt["objects"]) == 3 or (len(spoilt["objects"]) == 2 and rng.random() < 0.5)):
-        spoilt["objects"].pop(k)
-    elif fault == "count":
-        spoilt["objects"].append(dict(spoilt["objects"][k]))
+        count = len(spoilt["objects"])
+        if count == 3 or (count == 2 and rng.random() < 0.5):
+            spoilt["objects"].pop(k)
+        else:
+            spoilt["objects"].append(dict(spoilt["objects"][k]))
     return spoilt, fault
 
 
@@ -314,7 +382,8 @@ DAMAGES = ("blur", "ragged", "washed-out", "cut-off")
 def damage(rng, image, kind, strength, placed=()):
     """The uint8 image made less neat: kind of DAMAGES, strength in [0, 1]."""
     if kind == "blur":
-        return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.7 + 1.3 * strength)))
+        soften = ImageFilter.GaussianBlur(0.7 + 1.3 * strength)
+        return np.asarray(Image.fromarray(image).filter(soften))
     if kind == "ragged":  # every pixel is fetched from a little way off
         shift = ndimage.gaussian_filter(rng.normal(size=(2, SIZE, SIZE)), (0, 0.8, 0.8))
         shift *= (0.6 + 0.9 * strength) / shift.std()
@@ -324,18 +393,20 @@ def damage(rng, image, kind, strength, placed=()):
         grey = image.mean((0, 1), keepdims=True)
         return (image + (0.3 + 0.4 * strength) * (grey - image)).astype(np.uint8)
     x, y, r = placed[int(rng.integers(len(placed)))]
-    image, keep = image.copy(), int(round(r * (0.5 - 0.6 * strength)))
-    a, b = (int(v) for v in (x, y))
-    rows, cols = (slice(None), slice(max(a + keep, 0), int(a + 1.3 * r) + 1)) if rng.random() < 0.5 else (slice(max(b + keep, 0), int(b + 1.3 * r) + 1), slice(None))
+    image, keep = image.copy(), round(r * (0.5 - 0.6 * strength))
+    a, b = int(x), int(y)
     cut = np.zeros((SIZE, SIZE), bool)
-    cut[rows, cols] = True
+    if rng.random() < 0.5:
+        cut[:, max(a + keep, 0) : int(a + 1.3 * r) + 1] = True
+    else:
+        cut[max(b + keep, 0) : int(b + 1.3 * r) + 1] = True
     cut &= np.hypot(*(np.indices((SIZE, SIZE)) - np.array([y, x])[:, None, None])) < 1.3 * r
     image[cut] = image[0, 0]
     return image
 
 
 def neatness(image, seen):
-    """(fit, sharp, pure) in [0, 1]: how well the shapes fit, how sharp the edges are, how close the colours are to pure ones."""
+    """(fit, sharp, pure) in [0, 1]: of the shapes, of the edges, of the colours."""
     rgb = np.asarray(image, np.float32)
     distance = np.linalg.norm(rgb - np.median(rgb[:2].reshape(-1, 3), 0), axis=-1)
     inside = distance > 45
@@ -343,27 +414,30 @@ def neatness(image, seen):
         return 0.0, 0.0, 0.0
     soft = ((distance > 12) & (distance < 0.75 * np.quantile(distance[inside], 0.6))).sum()
     rim = (inside ^ ndimage.binary_erosion(inside)).sum() + 1
-    return (float(np.clip((np.mean([o["fit"] for o in seen["objects"]]) - 0.6) / 0.35, 0, 1)), float(np.clip(1.6 - 0.6 * soft / rim, 0, 1)),
-            float(np.clip((rgb.max(-1) - rgb.min(-1))[inside].mean() / 150, 0, 1)))
+    fit = (np.mean([o["fit"] for o in seen["objects"]]) - 0.6) / 0.35
+    pure = (rgb.max(-1) - rgb.min(-1))[inside].mean() / 150
+    return tuple(float(np.clip(v, 0, 1)) for v in (fit, 1.6 - 0.6 * soft / rim, pure))
 
 
 def preference(image, prompt, seen=None):
-    """The rule by which this world's people prefer images: the share of the prompt's facts that hold, then neatness."""
+    """The rule of this world's people: the share of the prompt's facts that hold, then neatness."""
     seen = seen or look(image)
     if not seen["objects"]:
         return 0.0
-    return float(np.mean(list(facts(image, parse(prompt), seen).values())) + 0.25 * np.dot((0.4, 0.35, 0.25), neatness(image, seen)))
+    true = np.mean(list(facts(image, parse(prompt), seen).values()))
+    return float(true + 0.25 * np.dot((0.4, 0.35, 0.25), neatness(image, seen)))
 
 
 def ranked_group(rng, split, size):
-    """(prompt, images, ranks): one prompt with `size` images, some wrong, some damaged; rank 1 is best."""
+    """(prompt, images, ranks): `size` images, some wrong, some damaged; rank 1 is best."""
     scene = sample_split(rng, split)
     prompt, images, scores = caption(scene, int(rng.integers(5))), [], []
-    for k in range(size):
+    for _ in range(size):
         shown = scene
         for _ in range(int(rng.choice(3, p=(0.45, 0.4, 0.15)))):
             spoilt = spoil_scene(rng, shown)[0] if len(shown["objects"]) < 4 else shown
-            while split == "train" and split_of(spoilt) != "train":  # no scene of a benchmark is shown in training
+            # no scene of a benchmark is shown in training
+            while split == "train" and split_of(spoilt) != "train":
                 spoilt = spoil_scene(rng, shown)[0]
             shown = spoilt
         placed = place(rng, shown)
@@ -382,7 +456,7 @@ def ranks(scores):
 
 
 def aesthetic(image):
-    """The written-down rule of the miniature's AVA, in [1, 10]: contrast, balance, margin and saturation, equally weighted."""
+    """The rule of this world's AVA, in [1, 10]: contrast, balance, margin and saturation alike."""
     image = np.asarray(image, np.float32)
     background = np.median(image[:2].reshape(-1, 3), 0)
     mask = np.linalg.norm(image - background, axis=-1) > 45
@@ -404,13 +478,13 @@ def votes(rng, image, people=200):
     return np.bincount(marks, minlength=11)[1:]
 
 
-# ---------------------------------------------------------------------------- benchmark folders, in the real formats
-def _save(image, path):
+# ---------------------------------------------------------------------------- benchmarks
+def save_image(image, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path, **({'quality': 95} if path.suffix == '.jpg' else {}))
+    Image.fromarray(image).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
 
 
-def _unique(rng, split, n, family=None):
+def unique_scenes(rng, split, n, family=None):
     seen = {}
     while len(seen) < n:
         scene = sample_split(rng, split, family)
@@ -420,74 +494,102 @@ def _unique(rng, split, n, family=None):
 
 def geneval_metadata(rng, split, per_task):
     """GenEval-like metadata, per_task prompts of each of the six tasks, no prompt twice."""
+    families = {
+        "single_object": "single",
+        "colors": "single",
+        "counting": "count",
+        "position": "relation",
+    }
     rows = []
     for task in TASKS:
-        family = {"single_object": "single", "colors": "single", "counting": "count", "position": "relation"}.get(task, "pair")
-        coloured, seen = task in ("colors", "color_attr"), {}
+        family, coloured = families.get(task, "pair"), task in ("colors", "color_attr")
+        seen = {}
         for _ in range(20 * per_task):  # some tasks have fewer prompts than per_task
             scene = sample_split(rng, split, family)
-            if len(seen) < per_task and (coloured or family in ("single", "count") or len({o["shape"] for o in scene["objects"]}) == 2):
+            differ = len({o["shape"] for o in scene["objects"]}) == 2
+            told_apart = coloured or differ or family in ("single", "count")
+            if len(seen) < per_task and told_apart:
                 text = caption(scene, 0, colour=coloured, size=False, background=False)
-                seen.setdefault(" ".join(sorted(text.split())) if task == "two_object" else text, text)
+                key = " ".join(sorted(text.split())) if task == "two_object" else text
+                seen.setdefault(key, text)
         rows += [parse(text) | {"tag": task} for text in seen.values()]
     return rows
 
 
-def write_benchmarks(out, train_images=8000, seed=0):
-    """Write every benchmark folder below `out` (a few seconds, the same bytes for the same seed), in place of one that is there."""
-    out, final = Path(f"{out}.{os.getpid()}.tmp"), Path(out)  # another process may be drawing too
-    again = final.exists()
-    dump = lambda path, value: (path.parent.mkdir(parents=True, exist_ok=True), path.write_text(json.dumps(value)))
-    for split, root in (("report", out), ("tune", out / "tune")):
-        rng = np.random.default_rng([seed, split == "tune"])
-        scenes = _unique(rng, split, 500)
-        coco = dict(images=[], annotations=[])
-        for k, scene in enumerate(scenes):
-            name = f"COCO_val2014_{k:012d}.png"
-            _save(draw(rng, scene), root / "coco/val2014" / name)
-            coco["images"].append(dict(id=k, file_name=name))
-            coco["annotations"] += [dict(id=5 * k + f, image_id=k, caption=caption(scene, f)) for f in range(5)]
-        dump(root / "coco/coco_test_karpathy.json", coco)
+def retrieval_rows(rng, split, root, n, name):
+    """n scenes drawn into root / name.format(k), with their five captions."""
+    rows = []
+    for k, scene in enumerate(unique_scenes(rng, split, n)):
+        rows.append(dict(image=name.format(k), texts=[caption(scene, f) for f in range(5)]))
+        save_image(draw(rng, scene), root / rows[-1]["image"])
+    return rows
 
-        lines = ["image,caption"]
-        for k, scene in enumerate(_unique(rng, split, 250)):
-            _save(draw(rng, scene), root / "flickr30k/Images" / f"{k}.jpg")
-            lines += [f"{k}.jpg,{caption(scene, f)}" for f in range(5)]
-        (root / "flickr30k/flickr30k_test_karpathy.txt").write_text("\n".join(lines) + "\n")
 
-        for name, groups, key, rank_key in (("hpdv2", 200, "image_path", "rank"), ("imagereward", 100, "generations", "ranking")):
-            rows = []
-            for g in range(groups):
-                size = 4 if name == "hpdv2" else int(rng.integers(4, 8))
-                prompt, images, order = ranked_group(rng, split, size)
-                paths = [f"{g:05d}_{k}.png" for k in range(size)]
-                for image, path in zip(images, paths):
-                    _save(image, root / name / ("test" if name == "hpdv2" else "test_images") / path)
-                if name == "hpdv2":
-                    rows.append(dict(prompt=prompt, image_path=paths, rank=order, raw_annotations=[]))
-                else:  # ImageReward's lists have ties, which its accuracy leaves out
-                    rows.append(dict(id=f"{g:06d}", prompt=prompt, generations=[f"test_images/{p}" for p in paths], ranking=[-(-r // 2) for r in order]))
-            dump(root / name / "test.json", rows)
+def ranked_rows(rng, split, root, groups, folder, ties):
+    """Groups of four images, or of four to seven where every two ranks are one: ties."""
+    rows = []
+    for g in range(groups):
+        size = int(rng.integers(4, 8)) if ties else 4
+        prompt, images, order = ranked_group(rng, split, size)
+        for k, (image, rank) in enumerate(zip(images, order, strict=True)):
+            rank = -(-rank // 2) if ties else rank
+            name = f"{folder}/{g:05d}_{k}.png"
+            rows.append(dict(image=name, texts=[prompt], group=g, rank=rank))
+            save_image(image, root / rows[-1]["image"])
+    return rows
 
-        rows, ids = [], range(900001, 900501)  # AVA's are as long: a folder of somebody's own 1.jpg, 2.jpg holds none of them
-        for k, scene in zip(ids, _unique(rng, split, 500)):
-            image = draw(rng, scene)
-            _save(image, root / "ava/images" / f"{k}.png")
-            rows.append(" ".join(str(v) for v in (k, k, *votes(rng, image), 0, 0, 1)))
-        (root / "ava/AVA.txt").write_text("\n".join(rows) + "\n")
-        (root / "ava/test.jpgl").write_text("\n".join(map(str, ids)) + "\n")
 
-        scenes = _unique(rng, split, 200)
-        (root / "drawbench.txt").write_text("\n".join(caption(s, int(rng.integers(5))) for s in scenes) + "\n")
-        (root / "geneval.jsonl").write_text("".join(json.dumps(m) + "\n" for m in geneval_metadata(rng, split, 40)))
+def vote_rows(rng, split, root, n):
+    """n scenes with votes, numbered as AVA's are: nobody's own 1.jpg, 2.jpg is one of them."""
+    rows = []
+    for k, scene in enumerate(unique_scenes(rng, split, n), 900001):
+        image = draw(rng, scene)
+        rows.append(dict(image=f"ava/images/{k}.png", votes=votes(rng, image).tolist()))
+        save_image(image, root / rows[-1]["image"])
+    return rows
 
+
+def write_split(root, split, seed):
+    """The five benchmarks in 04's format, and the prompts of 05 to 08, below `root`."""
+    rng = np.random.default_rng([seed, split == "tune"])
+
+    def write(name, rows):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (root / name).write_text("\n".join(lines) + "\n")
+
+    coco = retrieval_rows(rng, split, root, 500, "coco/val2014/COCO_val2014_{:012d}.png")
+    write("coco.jsonl", coco)
+    write("flickr30k.jsonl", retrieval_rows(rng, split, root, 250, "flickr30k/Images/{}.jpg"))
+    write("hpdv2.jsonl", ranked_rows(rng, split, root, 200, "hpdv2/test", ties=False))
+    # ImageReward's lists have ties, which its accuracy leaves out
+    imagereward = ranked_rows(rng, split, root, 100, "imagereward/test_images", ties=True)
+    write("imagereward.jsonl", imagereward)
+    write("ava.jsonl", vote_rows(rng, split, root, 500))
+    scenes = unique_scenes(rng, split, 200)
+    write("drawbench.txt", [caption(s, int(rng.integers(5))) for s in scenes])
+    write("geneval.jsonl", geneval_metadata(rng, split, 40))
+
+
+def write_training(root, images, seed):
+    """Training images with three captions each, in COCO's captions format."""
     rng, coco = np.random.default_rng([seed, 2]), dict(images=[], annotations=[])
-    for k in range(train_images):
+    for k in range(images):
         scene = sample_split(rng, "train")
-        _save(draw(rng, scene), out / "train" / f"{k:05d}.png")
+        save_image(draw(rng, scene), root / "train" / f"{k:05d}.png")
         coco["images"].append(dict(id=k, file_name=f"{k:05d}.png"))
-        coco["annotations"] += [dict(id=3 * k + n, image_id=k, caption=random_caption(rng, scene)) for n in range(3)]
-    dump(out / "train_captions.json", coco)
+        for n in range(3):
+            text = random_caption(rng, scene)
+            coco["annotations"].append(dict(id=3 * k + n, image_id=k, caption=text))
+    (root / "train_captions.json").write_text(json.dumps(coco))
+
+
+def write_benchmarks(out, train_images=8000, seed=0):
+    """Write all data below `out`, the same bytes for the same seed, in place of what is there."""
+    final, out = Path(out), Path(f"{out}.{os.getpid()}.tmp")  # another process may draw as well
+    again = final.exists()
+    write_split(out, "report", seed)
+    write_split(out / "tune", "tune", seed)
+    write_training(out, train_images, seed)
     if again:
         shutil.rmtree(final)
     try:
@@ -499,6 +601,7 @@ def write_benchmarks(out, train_images=8000, seed=0):
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["check"]:
-    print(json.dumps([check(i, p) for i, p in zip(np.load(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()))]))
+    pairs = zip(np.load(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()), strict=True)
+    print(json.dumps([check(image, prompt) for image, prompt in pairs]))
 elif __name__ == "__main__":
     write_benchmarks(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "data")
