@@ -20,8 +20,11 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from common import (
@@ -160,15 +163,22 @@ def load_benchmarks(args, reward):
     return benches
 
 
+def read_image(file):
+    """A PIL image in RGB, turned as its EXIF says, transparency on white."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode.startswith("I"):  # trap: convert("RGB") clips 16-bit grey at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
 def embed_files(files, backbone, reward, resolution, batch):
     """Centre squares' latents (n, C, h, w) and unit embeddings (n, E), and the whole files'."""
-    from PIL import Image, ImageOps
-    from torchvision.transforms.functional import pil_to_tensor
-
     parts = []
     for k in tqdm(range(0, len(files), batch), desc="images", leave=False):
         try:
-            images = [Image.open(file).convert("RGB") for file in files[k : k + batch]]
+            images = [read_image(file) for file in files[k : k + batch]]
         except Exception as e:
             fail(f"an image of a benchmark, which is scored whole, cannot be read: {e}")
         squares = [pil_to_tensor(ImageOps.fit(i, (resolution, resolution))) for i in images]
@@ -264,11 +274,14 @@ def evaluate(name, rows, backbone, reward, methods, roll, args):
     def score(e):
         return (reward.score(e) if text is None else e @ text.T).cpu()
 
-    r, about = score(e_rm), dict(method="clean", benchmark=name, sigma=0.0)
+    r = score(e_rm)
+    about = dict(method="clean", benchmark=name, sigma=0.0)
     table = table_rows(rows, [score(clean)], first_text, about)
     sub = first_images(rows, args.mc_images) if roll else 0
     for sigma in tqdm(SIGMAS, desc=name):
-        t, noisy, halves = torch.full((len(z0),), sigma, device=z0.device), [], None
+        t = torch.full((len(z0),), sigma, device=z0.device)
+        noisy = []
+        halves = None
         for draw in range(args.draws):
             eps = torch.randn(z0.shape, generator=generator(args.seed, name, sigma, draw))
             noisy.append(add_noise(z0, eps.to(z0.device), t))
@@ -295,7 +308,8 @@ def evaluate(name, rows, backbone, reward, methods, roll, args):
 
 def load_methods(args, backbone, reward, null):
     """{name: embed(z, sigma)} of --methods that can be had, and the artefacts they are from."""
-    methods, parents = {}, []
+    methods = {}
+    parents = []
     for name in [name for name in METHODS[:3] if name in args.methods]:
         path = Path(args.out, f"value_{name.removesuffix('-stitch')}.pt")
         if name == "stitchvm":
@@ -314,7 +328,8 @@ def load_methods(args, backbone, reward, null):
 
 def add_costs(rows, calls, z):
     """Into each row what one value costs by calls {name: f(z, sigma)}, timed in turn."""
-    t, costs = torch.full((len(z),), 0.5, device=z.device), {}
+    t = torch.full((len(z),), 0.5, device=z.device)
+    costs = {}
     seconds = {name: [] for name in calls}
     for _ in range(6):
         for name, call in calls.items():
@@ -342,7 +357,8 @@ def main(args):
     reward = Reward(args.reward, args.preset, device)
     benches = load_benchmarks(args, reward)
     backbone = Backbone(args.backbone, args.preset, device, getattr(torch, args.dtype))
-    null, rows = backbone.prompts([""]), []
+    null = backbone.prompts([""])
+    rows = []
     methods, parents = load_methods(args, backbone, reward, null)
     grid = backbone.grid(args.rollout_steps, args.resolution)
     more = dict(grid=grid, rollouts=args.rollouts, batch=args.batch)
@@ -361,8 +377,8 @@ def main(args):
     clean, *others = rows
     first = [r for r in others if all(r[k] == clean[k] for k in ("benchmark", "metric"))]
     draw_lines(first, "sigma", ["value", "value_mse"], "method", Path(args.out, "04_quality.png"))
-    x, priced = "log10 GFLOP per value", [r for r in first if r["gflop_per_value"]]
-    priced = [r | {x: math.log10(r["gflop_per_value"])} for r in priced]
+    x = "log10 GFLOP per value"
+    priced = [r | {x: math.log10(r["gflop_per_value"])} for r in first if r["gflop_per_value"]]
     draw_lines(priced, x, ["value_mse"], "method", Path(args.out, "04_cost.png"))
 
 

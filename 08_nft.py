@@ -22,7 +22,7 @@ Departs from the paper: --loss official measures errors in z_0 or z_tau, over th
 import copy
 import math
 import warnings
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,8 +312,8 @@ def load(args, accelerator):
     run.pool = len(pool)
     run.held_out = held_out
     texts = [*pool, *(r["prompt"] for r in held_out)]
-    cache = args.out if accelerator.is_main_process else None
-    run.condition = [v.cpu() for v in backbone.prompts(texts, cache)]
+    folder = args.out if accelerator.is_main_process else None
+    run.condition = [v.cpu() for v in backbone.prompts(texts, folder)]
     run.rewards = [Reward(name, args.preset, args.device) for name in names]
     run.texts = [reward.text(pool) for reward in run.rewards]
     read = run.rewards[: len(files)]  # nft alone needs no value
@@ -327,6 +327,8 @@ def load(args, accelerator):
     run.costs = unit_costs(run, args)
     run.spec = {k: v for k, v in vars(args).items() if k not in FREE} | dict(processes=processes)
     run.about = [dict(stage=a["stage"], id=a["id"]) for a in artifacts]
+    start = dict(method=args.methods[0], update=0, seconds=0.0, gflop=0.0, points=[])
+    run.base = cache(partial(report, run, args, start, args.methods[0]))  # one for all methods
     return run
 
 
@@ -352,7 +354,7 @@ def unit_costs(run, args):
         costs["velocity"] = gflop(lambda: velocity("old", z, t))
         costs["reward"] = gflop(lambda: clean_reward(run.rewards, texts, run.backbone.decode(z)))
         if run.values:
-            costs["value"] = gflop(lambda: joint_value(run.values, z, t, texts))
+            costs["value"] = gflop(partial(joint_value, run.values, z, t, texts))
     return costs
 
 
@@ -457,7 +459,8 @@ def train(method, run, args):
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     else:
-        state["points"].append(report(run, args, state, method))
+        row, *rest = run.base()
+        state["points"].append((row | dict(method=method), *rest))
     bar = tqdm(desc=method, initial=state["update"], total=args.updates, disable=not is_main)
     while not ended(state, args):
         began = now(run.device)

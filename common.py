@@ -195,17 +195,13 @@ def velocity(
     some block at this very z and sigma, to be resumed instead of computed again.
     """
     dtype = next(transformer.parameters()).dtype
-
-    def start(texts):
-        texts = [v.to(dtype).expand(len(z), *v.shape[1:]) for v in texts]
-        return begin(transformer, z.to(dtype), sigma, *texts, guidance)
-
     guided = cfg != 1 and null is not None
-    state = start(condition)
-    if guided and prefix is None:
-        state = state_cat([start(null), state])
-    elif guided:
-        state = state_cat([prefix, run_blocks(transformer, state, prefix["i"])])
+    pairs = [null, condition] if guided and prefix is None else [condition]
+    pairs = [[v.to(dtype).expand(len(z), *v.shape[1:]) for v in pair] for pair in pairs]
+    states = [begin(transformer, z.to(dtype), sigma, *pair, guidance) for pair in pairs]
+    if guided and prefix is not None:
+        states = [prefix, run_blocks(transformer, states[0], prefix["i"])]
+    state = state_cat(states)
     for i in range(state["i"] + 1, len(dit_blocks(transformer)) + 1 if checkpointing else 0):
         state = checkpoint(run_blocks, transformer, state, i, use_reentrant=False)
     u = end(transformer, run_blocks(transformer, state)).to(z.dtype)
@@ -757,6 +753,17 @@ def load_prompts(path, limit=None):
         fail(f"{path} is no list of prompts ({type(e).__name__}: {e}): pass {kinds}")
 
 
+def score_by(rewards, images, prompts, device, batch):
+    """The sum of the rewards (N,) of uint8 images (N, 3, H, W) and N prompts."""
+    texts = [reward.text(prompts) for reward in rewards]
+    parts = []
+    for k in range(0, len(images), batch):
+        x = images[k : k + batch].to(device).float() / 255
+        part = [t if t is None else t[k : k + batch] for t in texts]
+        parts.append(clean_reward(rewards, part, x).cpu())
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 def score_images(names, rewards, preset, device, images, prompts, batch=64):
     """{'reward' and each of names: scores (N,)} of uint8 images (N, 3, H, W) and N prompts.
@@ -764,23 +771,15 @@ def score_images(names, rewards, preset, device, images, prompts, batch=64):
     'reward' is the sum of the rewards. names: of rewards that Reward loads, one in memory at a
     time; one that cannot be had is named in a warning and left out.
     """
-
-    def score(scorers):
-        texts = [s.text(prompts) for s in scorers]
-        parts = []
-        for k in range(0, len(images), batch):
-            x = images[k : k + batch].to(device).float() / 255
-            own = [t if t is None else t[k : k + batch] for t in texts]
-            parts.append(clean_reward(scorers, own, x).cpu())
-        return torch.cat(parts)
-
-    scores = {"reward": score(rewards)}
+    given = (images, prompts, device, batch)
+    scores = {"reward": score_by(rewards, *given)}
     loaded = {r.name: r for r in rewards}
     for name in names:
         if len(rewards) == 1 and name in loaded:
             continue  # it is the reward
         try:
-            scores[name] = score([loaded.get(name) or Reward(name, preset, device)])
+            scorer = loaded.get(name) or Reward(name, preset, device)
+            scores[name] = score_by([scorer], *given)
         except SystemExit as e:
             print(f"warning: no column {name}: {str(e).removeprefix('error: ')}")
     return scores
@@ -1031,12 +1030,10 @@ def draw_lines(rows, x, ys, by, path):
     figure = Figure((4 * len(ys), 3.4))
     axes = figure.subplots(1, len(ys), squeeze=False)
     for axis, y in zip(axes[0], ys, strict=True):
-        for name in dict.fromkeys(r.get(by) for r in rows):
+        for k, name in enumerate(dict.fromkeys(r.get(by) for r in rows)):  # a colour a name
             own = [r for r in rows if r.get(by) == name and r.get(y) is not None]
-            if own:
-                error = [r.get(f"{y}_se") or 0 for r in own]
-                points = [r[x] for r in own], [r[y] for r in own], error
-                axis.errorbar(*points, marker="o", ms=3, capsize=2, label=name)
+            points = [r[x] for r in own], [r[y] for r in own], [r.get(f"{y}_se") or 0 for r in own]
+            axis.errorbar(*points, marker="o", ms=3, capsize=2, color=f"C{k % 10}", label=name)
         axis.set(xlabel=x, title=y)
         axis.grid(alpha=0.3)
     if by:

@@ -1,28 +1,32 @@
-"""Stage 07: gradients of truncated rollouts against hand-written ones, a value that stays where it is, laws and budgets, and short runs as a user runs them."""
+"""Stage 07: gradients of truncated rollouts against hand-written ones, a value that stays where it
+is, laws and budgets, and short runs as a user runs them."""
+
 import argparse
 import copy
 import importlib
 import json
+import math
 import re
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import children
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
+from test_common import NULL, small_sd3, small_value, two_rewards
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.testing import assert_close
 
-import children
 import common
-from test_common import NULL, small_sd3, small_value, two_rewards
 
 draft = importlib.import_module("07_draft")
-ROOT = Path(__file__).resolve().parents[1]
 GRID = [1.0, 0.9, 0.75, 0.5, 0.2, 0.0]
 
 
@@ -31,59 +35,81 @@ def seed():
     torch.manual_seed(0)
 
 
-# ---------------------------------------------------------------------------- a rollout whose gradient is known: u_theta = theta, u = 0, score linear
+# ---------------------------------------------------------------------------- rollouts
 @pytest.mark.parametrize("stop, keep", [(5, 1), (5, 3), (5, 5), (3, 1), (3, 3), (4, 2)])
 def test_linear_rollout_in_closed_form(stop, keep):
-    """z_tau = z - (1 - tau) theta, of which the kept steps carry t_first - tau; with lam |theta|^2 / n the gradient is known, and so is its zero."""
-    theta, g, z, lam = torch.randn(1, 6).double().requires_grad_(), torch.randn(6).double(), torch.randn(4, 6).double(), 0.3
+    """u_theta = theta, u = 0, a linear score: z_tau = z - (1 - tau) theta, of which the last steps
+    carry t_first - tau; with lam |theta|^2 / n the gradient is known, and so is its zero."""
+    theta = torch.randn(1, 6).double().requires_grad_()
+    g, z, lam = torch.randn(6).double(), torch.randn(4, 6).double(), 0.3
     carried = GRID[stop - keep] - GRID[stop]
-    functions = lambda z, sigma: theta.expand_as(z), lambda z, sigma: torch.zeros_like(z), lambda z, sigma: z @ g
-    loss, value, distance = draft.draft_loss(*functions, z, GRID, stop, keep, lam)
+
+    def loss_of(theta):
+        return draft.draft_loss(
+            lambda z, sigma: theta.expand_as(z),
+            lambda z, sigma: torch.zeros_like(z),
+            lambda z, sigma: z @ g,
+            *(z, GRID, stop, keep, lam),
+        )
+
+    loss, value, distance = loss_of(theta)
     assert_close(value, ((z - (1 - GRID[stop]) * theta) @ g).mean().detach())
     assert_close(distance, theta.square().mean().detach())
-    assert_close(torch.autograd.grad(loss, theta)[0][0], carried * g + lam * 2 * theta[0].detach() / 6)
+    expected = carried * g + lam * 2 * theta[0].detach() / 6
+    assert_close(torch.autograd.grad(loss, theta)[0][0], expected)
     with torch.no_grad():
         theta.copy_(-carried * 6 / (2 * lam) * g)
-    assert torch.autograd.grad(draft.draft_loss(*functions, z, GRID, stop, keep, lam)[0], theta)[0].abs().max() < 1e-12
+    assert torch.autograd.grad(loss_of(theta)[0], theta)[0].abs().max() < 1e-12
 
 
-def test_rollout_is_the_schedulers(seed):
-    """As diffusers' Euler scheduler steps, whatever is kept; the kept steps' latents are those of the whole path."""
+def test_rollout_is_the_schedulers():
+    """As diffusers' Euler scheduler steps, whatever carries gradient; the latents of the steps that
+    do are those of the whole path."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     grid = common.sigma_grid(scheduler, 10, 16).tolist()
-    z, velocity = torch.randn(3, 4), lambda z, sigma: torch.sin(z * (1 + sigma[:, None]))
-    x, path = z, []
+
+    def velocity(z, sigma):
+        return torch.sin(z * (1 + sigma[:, None]))
+
+    z = x = torch.randn(3, 4)
+    path = []
     for t in scheduler.timesteps:
         path.append(x)
         x = scheduler.step(velocity(x, (t / 1000).expand(3)), t, x).prev_sample
     for stop, keep in ((10, 1), (10, 10), (7, 3), (3, 3)):
-        end, kept = draft.rollout(velocity, z, grid, stop, keep)
+        end, steps = draft.rollout(velocity, z, grid, stop, keep)
         assert_close(end, path[stop] if stop < 10 else x, atol=1e-5, rtol=0)
-        assert [float(s[0]) for _, s, _ in kept] == pytest.approx(grid[stop - keep:stop])
-        for (zk, _, _), expected in zip(kept, path[stop - keep:]):
-            assert_close(zk, expected, atol=1e-5, rtol=0)
+        assert [float(s[0]) for _, s, _ in steps] == pytest.approx(grid[stop - keep : stop])
+        for (z_k, _, _), expected in zip(steps, path[stop - keep : stop], strict=True):
+            assert_close(z_k, expected, atol=1e-5, rtol=0)
 
 
 def test_another_shift():
-    """Without a shift diffusers' grid is even down to its smallest level; the pipeline's own 3 stays where no flag says otherwise."""
-    backbone = common.Backbone("sd3.5-medium")
-    own = backbone.grid(10, torch.empty(1, 16, 8, 8))
-    backbone.set_shift(1.0)
-    assert_close(backbone.grid(10, torch.empty(1, 16, 8, 8)), torch.cat([torch.linspace(1, 0.001, 10), torch.zeros(1)]), atol=1e-6, rtol=0)
-    assert own[5] == pytest.approx(0.7073, abs=1e-3)
-    flux = common.Backbone("flux")
-    flux.set_shift(1.0)
-    assert_close(flux.grid(10, torch.empty(1, 16, 8, 8)), backbone.grid(10, torch.empty(1, 16, 8, 8)))
+    """Without a shift diffusers' grid is even down to its smallest level; the pipeline's own 3
+    stays where no flag says otherwise."""
+    backbone, flux = common.Backbone("sd3.5-medium"), common.Backbone("flux")
+    assert backbone.grid(10, 64)[5] == pytest.approx(0.7073, abs=1e-3)
+    for each in (backbone, flux):
+        each.set_shift(1.0)
+    expected = [*torch.linspace(1, 0.001, 10).tolist(), 0]
+    assert backbone.grid(10, 64) == pytest.approx(expected, abs=1e-6)
+    assert flux.grid(10, 64) == pytest.approx(backbone.grid(10, 64), abs=1e-6)
 
 
 def test_noise_levels():
     """The two readings of "10 steps, shift 3"."""
     backbone = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
-    backbone.grid = lambda steps, z: common.sigma_grid(backbone.scheduler, steps, 16)
-    of = lambda grid: draft.noise_levels(argparse.Namespace(grid=grid, steps=10), backbone, (16, 8, 8))
-    assert of("scheduler") == pytest.approx([1, .9601, .9133, .8577, .7904, .7073, .6022, .4649, .2780, .0089, 0], abs=1e-4)
+    backbone.grid = lambda steps, _: common.sigma_grid(backbone.scheduler, steps, 16).tolist()
+
+    def levels(grid):
+        args = argparse.Namespace(grid=grid, steps=10, resolution=64)
+        return draft.noise_levels(backbone, args)
+
+    expected = [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0]
+    assert levels("scheduler") == pytest.approx(expected, abs=1e-4)
     backbone.scheduler.set_timesteps(sigmas=[1 - k / 10 for k in range(10)])
-    assert of("even") == pytest.approx(backbone.scheduler.sigmas.tolist(), abs=1e-6) and of("even")[9] == pytest.approx(0.25)
+    assert levels("even") == pytest.approx(backbone.scheduler.sigmas.tolist(), abs=1e-6)
+    assert levels("even")[9] == pytest.approx(0.25)
 
 
 # ---------------------------------------------------------------------------- the real thing, small
@@ -103,9 +129,11 @@ def decode(z):
 
 
 def batch(n=2):
+    """Noise, condition, texts of two rewards."""
     g = torch.Generator().manual_seed(1)
-    random = lambda *shape: torch.randn(*shape, generator=g)
-    return random(n, 16, 10, 6), [random(n, 5, 24), random(n, 20)], [F.normalize(random(n, 64), dim=-1) for _ in range(2)]
+    z = torch.randn(n, 16, 10, 6, generator=g)
+    condition = [torch.randn(n, *shape, generator=g) for shape in ((5, 24), (20,))]
+    return z, condition, [F.normalize(torch.randn(n, 64, generator=g), dim=-1) for _ in range(2)]
 
 
 def shake(parameters, scale=0.2):
@@ -126,35 +154,46 @@ KINDS = ["clean", "stitchvm"]
 
 
 def setting(base, rewards, kind, depths=(2, 3), checkpointing=False):
-    """LoRA's parameters, the stage's functions, and references built from an untouched copy of the base model: (u, V or r) without the stage's code."""
+    """LoRA's parameters, the stage's functions, and references built from an untouched copy of the
+    base model: (u, V or r) without the stage's code."""
     z, condition, texts = batch()
     untouched = copy.deepcopy(base)
-    values = [small_value(base, r, i) for r, i in zip(rewards, depths)] if kind == "stitchvm" else []
-    common.own_prefixes(values)
-    parameters = common.add_lora(base, 4, 8)
-    functions = draft.step_functions(SimpleNamespace(transformer=base, decode=decode, velocity=partial(common.velocity, base)), rewards, values, condition, texts, checkpointing)
-    if values:
-        alone = [small_value(untouched, r, i) for r, i in zip(rewards, depths)]
-        score = lambda z, t: sum(v(z, torch.full((2,), t), text) for v, text in zip(alone, texts))
-    else:
-        embed = lambda r, x: F.normalize(r.model.encode_image(r.normalise(r.resize(x))), dim=-1)
-        score = lambda z, t: sum((embed(r, decode(z)) * text).sum(-1) for r, text in zip(rewards, texts))
+    pairs = list(zip(rewards, depths, strict=True))
+    values = [small_value(base, r, i) for r, i in pairs] if kind == "stitchvm" else []
+    draft.own_prefixes(values)
+    parameters = draft.add_lora(base, 4, 8)
+    velocity = partial(common.velocity, base)
+    backbone = SimpleNamespace(transformer=base, decode=decode, velocity=velocity)
+    given = backbone, rewards, values, condition, texts, checkpointing
+    functions = draft.step_functions(*given)
+    alone = [small_value(untouched, r, i) for r, i in pairs]
+
+    def score(z, t):
+        if values:
+            sigma = torch.full((2,), t)
+            return sum(v(z, sigma, text) for v, text in zip(alone, texts, strict=True))
+        images = [r.model.encode_image(r.normalise(r.resize(decode(z)))) for r in rewards]
+        pairs = zip(images, texts, strict=True)
+        return sum((F.normalize(e, dim=-1) * text).sum(-1) for e, text in pairs)
+
     return parameters, functions, z, library(base, condition), library(untouched, condition), score
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop, keep", [(3, 1), (5, 2), (3, 3)])
-def test_gradient_is_the_hand_written_one_of_the_kept_steps(base, rewards, kind, stop, keep):
-    """The steps before are replaced by their result; the LoRA's gradient, regulariser and all, is the same, not zero, and not that of one more kept step."""
+def test_gradient_is_the_hand_written_one(base, rewards, kind, stop, keep):
+    """The steps before the last K are replaced by their result; the LoRA's gradient, regulariser
+    and all, is the same, not zero, and not that of K + 1."""
     parameters, functions, z, u, u_base, score = setting(base, rewards, kind)
     shake(parameters)
     loss, value, distance = draft.draft_loss(*functions, z, GRID, stop, keep, 0.5)
     found = gradients(loss, parameters)
     x = z
     with torch.no_grad():
-        for t, t_next in zip(GRID[:stop - keep], GRID[1:]):
+        for t, t_next in pairwise(GRID[: stop - keep + 1]):
             x = x + (t_next - t) * u(x, torch.full((2,), t))
-    x, far = x.clone(), []
+    x = x.clone()
+    far = []
     for k in range(stop - keep, stop):
         sigma = torch.full((2,), GRID[k])
         far.append((u(x, sigma) - u_base(x.detach(), sigma).detach()).square().mean())
@@ -166,58 +205,100 @@ def test_gradient_is_the_hand_written_one_of_the_kept_steps(base, rewards, kind,
     assert found.norm() > 1e-4
     assert_close(found, expected, atol=2e-4 * float(expected.norm()), rtol=1e-3)
     if keep < stop:
-        other = gradients(draft.draft_loss(*functions, z, GRID, stop, keep + 1, 0.5)[0], parameters)
-        assert (other - found).norm() > 1e-3 * found.norm()
+        more = draft.draft_loss(*functions, z, GRID, stop, keep + 1, 0.5)[0]
+        assert (gradients(more, parameters) - found).norm() > 1e-3 * found.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_of_one_step_by_the_chain_rule(base, rewards, kind):
-    """K = 1: the vector-Jacobian product of the step's velocity with -d grad(score) / B, and it is what a step of size d has."""
+    """K = 1: the vector-Jacobian product of the step's velocity with -d grad(score) / B, and it is
+    what a step of size d has."""
     parameters, functions, z, u, _, score = setting(base, rewards, kind)
     shake(parameters)
     loss, *_ = draft.draft_loss(*functions, z, GRID, 3, 1, 0.0)
     found = gradients(loss, parameters)
-    end, _ = draft.rollout(torch.no_grad()(functions[0]), z, GRID, 3, 1)
+    frozen = torch.no_grad()(functions[0])
+    end, _ = draft.rollout(frozen, z, GRID, 3, 1)
     x = end.clone().requires_grad_()
-    slope, = torch.autograd.grad(score(x, GRID[3]).sum(), x)
-    before, _ = draft.rollout(torch.no_grad()(functions[0]), z, GRID, 2, 1)
+    slope = torch.autograd.grad(score(x, GRID[3]).sum(), x)[0]
+    before, _ = draft.rollout(frozen, z, GRID, 2, 1)
     d = GRID[2] - GRID[3]
-    expected = gradients((u(before, torch.full((2,), GRID[2])) * d * slope / 2).sum(), parameters)
+    along = (u(before, torch.full((2,), GRID[2])) * d * slope / 2).sum()
+    expected = gradients(along, parameters)
     assert_close(found, expected, atol=2e-4 * float(expected.norm()), rtol=1e-3)
 
 
+def saved_bytes(call, weights):
+    """Of the storages that autograd keeps for call()'s backward pass, beside the weights'."""
+    known = {p.untyped_storage()._cdata for p in weights}
+    found = {}
+
+    def save(x):
+        found[x.untyped_storage()._cdata] = x.untyped_storage()  # held, so that none is used again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        call()
+    return sum(s.nbytes() for key, s in found.items() if key not in known)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_changes_nothing_but_what_is_kept(base, rewards, kind):
-    """With the regulariser, which turns the adapters off and on again: no gradient is lost, none is recomputed at other weights."""
+def test_checkpointing_changes_nothing_but_memory(base, rewards, kind):
+    """With the regulariser, which turns the adapters off and on again: no gradient is lost, none is
+    recomputed at other weights."""
     parameters, functions, z, *_ = setting(base, rewards, kind)
     shake(parameters)
-    condition = batch()[1]
-    again = partial(common.velocity, base, condition=condition, checkpointing=True), *functions[1:]
-    kept, found = {}, {}
-    for name, own in (("plain", functions), ("checkpointed", again)):
-        with common.kept_for_backward([base]) as storages:
-            draft.rollout(own[0], z, GRID, 4, 3)
-        kept[name] = sum(s.nbytes() for s in storages.values())
-        found[name] = gradients(draft.draft_loss(*own, z, GRID, 4, 3, 0.5)[0], parameters)
-    assert_close(found["checkpointed"], found["plain"], atol=1e-6, rtol=1e-4)
-    assert found["plain"].norm() > 1e-4 and kept["checkpointed"] < 0.4 * kept["plain"]
+    again = partial(common.velocity, base, condition=batch()[1], checkpointing=True)
+    size, found = [], []
+    for velocity in (functions[0], again):
+        roll = partial(draft.rollout, velocity, z, GRID, 4, 3)
+        size.append(saved_bytes(roll, base.parameters()))
+        loss = draft.draft_loss(velocity, *functions[1:], z, GRID, 4, 3, 0.5)[0]
+        found.append(gradients(loss, parameters))
+    assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+    assert found[0].norm() > 1e-4 and size[1] < 0.4 * size[0]
 
 
 def test_the_value_stays_when_the_lora_moves(base, rewards):
-    """It reads a copy of its own blocks; on the adapted transformer itself it would move. Nothing of it is trained, and gradient still reaches the latents."""
+    """It reads a copy of its own, which takes no memory; on the adapted transformer itself it would
+    move. Nothing of it is trained, and gradient still reaches the latents."""
     z, _, texts = batch()
     sigma = torch.tensor([0.4, 0.8])
-    values, naive = [small_value(base, r, i) for r, i in zip(rewards, (2, 3))], small_value(base, rewards[0], 2)
-    common.own_prefixes(values)
-    assert values[0].transformer is values[1].transformer and len(common.dit_blocks(values[0].transformer)) == 3 and len(common.dit_blocks(base)) == 4
-    before, moved = common.joint_value(values, z, sigma, texts)[0], naive(z, sigma, texts[0])
-    shake(common.add_lora(base, 4, 8))
+    values = [small_value(base, r, i) for r, i in zip(rewards, (2, 3), strict=True)]
+    naive = small_value(base, rewards[0], 2)
+    draft.own_prefixes(values)
+    prefix = values[0].transformer
+    assert prefix is values[1].transformer is not base
+    shared = {p.data_ptr() for p in base.parameters()}
+    assert {p.data_ptr() for p in prefix.parameters()} == shared
+    before = common.joint_value(values, z, sigma, texts)[0]
+    moved = naive(z, sigma, texts[0])
+    shake(draft.add_lora(base, 4, 8))
+    assert not any("lora" in name for name, _ in prefix.named_parameters())
     assert torch.equal(common.joint_value(values, z, sigma, texts)[0], before)
     assert (naive(z, sigma, texts[0]) - moved).abs().min() > 1e-4
     x = z.clone().requires_grad_()
     common.joint_value(values, x, sigma, texts)[0].sum().backward()
     assert x.grad.abs().amax((1, 2, 3)).min() > 0
-    assert not any(p.requires_grad for v in values for m in (v, v.transformer) for p in m.parameters())
+    assert not any(p.requires_grad for v in values for p in (*v.parameters(), *prefix.parameters()))
+
+
+@pytest.mark.parametrize("i", [0, 2, 4])
+def test_a_prefix_runs_as_the_model_does(base, rewards, i):
+    """To the bit, up to any block, also when the model has got a LoRA."""
+    z, _, _ = batch()
+    null = [v.expand(2, *v.shape[1:]) for v in NULL]
+
+    def run(transformer):
+        state = common.begin(transformer, z, torch.full((2,), 0.5), *null)
+        return common.run_blocks(transformer, state, i)["h"]
+
+    expected = run(base)
+    values = [small_value(base, rewards[0], 2)]
+    draft.own_prefixes(values)
+    shake(draft.add_lora(base, 4, 8))
+    assert torch.equal(run(values[0].transformer), expected)
+    assert torch.equal(run(base), expected) == (i == 0)
 
 
 def test_values_on_one_transformer_share_its_blocks(base, rewards):
@@ -225,98 +306,112 @@ def test_values_on_one_transformer_share_its_blocks(base, rewards):
     z, _, texts = batch()
     sigma = torch.tensor([0.4, 0.8])
     for depths in ((3, 1), (1, 3), (2, 2)):
-        values, seen = [small_value(base, r, i) for r, i in zip(rewards, depths)], []
-        hooks = [b.register_forward_hook(lambda *_, k=k: seen.append(k)) for k, b in enumerate(base.transformer_blocks)]
+        values = [small_value(base, r, i) for r, i in zip(rewards, depths, strict=True)]
+        seen = []
+        hooks = [
+            block.register_forward_hook(lambda *_, k=k, seen=seen: seen.append(k))
+            for k, block in enumerate(base.transformer_blocks)
+        ]
         total = common.joint_value(values, z, sigma, texts)[0]
         assert seen == list(range(max(depths)))
-        [h.remove() for h in hooks]
-        assert_close(total, sum(v(z, sigma, t) for v, t in zip(values, texts)), atol=1e-5, rtol=1e-5)
+        for hook in hooks:
+            hook.remove()
+        alone = sum(v(z, sigma, t) for v, t in zip(values, texts, strict=True))
+        assert_close(total, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_the_regulariser_starts_at_zero(base, rewards):
-    """A new LoRA is the base model to the bit: no distance, and no pull. Then it is the mean over the kept steps."""
+    """A new LoRA is the base model to the bit: no distance, and no pull. Then it is the mean over
+    the steps that carry gradient."""
     parameters, functions, z, *_ = setting(base, rewards, "clean")
-    _, kept = draft.rollout(functions[0], z, GRID, 4, 3)
-    distance = draft.distance_to_base(kept, functions[1])
+    _, steps = draft.rollout(functions[0], z, GRID, 4, 3)
+    distance = draft.distance_to_base(steps, functions[1])
     assert distance.item() == 0 and gradients(distance, parameters).abs().max() == 0
-    assert gradients(draft.draft_loss(*functions, z, GRID, 4, 3, 0.5)[0], parameters).abs().max() > 0
+    loss = draft.draft_loss(*functions, z, GRID, 4, 3, 0.5)[0]
+    assert gradients(loss, parameters).abs().max() > 0
     shake(parameters)
-    _, kept = draft.rollout(functions[0], z, GRID, 4, 3)
-    one = [draft.distance_to_base([k], functions[1]).item() for k in kept]
-    assert min(one) > 0 and draft.distance_to_base(kept, functions[1]).item() == pytest.approx(sum(one) / 3, rel=1e-5)
+    _, steps = draft.rollout(functions[0], z, GRID, 4, 3)
+    one = [draft.distance_to_base([step], functions[1]).item() for step in steps]
+    mean = draft.distance_to_base(steps, functions[1]).item()
+    assert min(one) > 0 and mean == pytest.approx(sum(one) / 3, rel=1e-5)
 
 
 def test_a_step_of_the_optimiser_raises_the_score(base, rewards):
     for kind in KINDS:
         parameters, functions, z, *_ = setting(copy.deepcopy(base), rewards, kind)
-        optimizer, scores = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0), []
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+        scores = []
         for _ in range(6):
-            loss, value, _ = draft.draft_loss(*functions, z, GRID, 5 if kind == "clean" else 3, 2, 0.01)
-            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            stop = 5 if kind == "clean" else 3
+            loss, value, _ = draft.draft_loss(*functions, z, GRID, stop, 2, 0.01)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             scores.append(float(value))
         assert scores[-1] > scores[1] > scores[0]
 
 
-def test_the_cost_of_a_rollout_is_the_counted_one(base, rewards):
-    """Put together from single steps, at several stops and K, with the regulariser, checkpointing and the value, or neither."""
-    for kind, lam, checkpointing in (("stitchvm", 0.5, True), ("clean", 0.0, False)):
-        _, (velocity, other, score), z, *_ = setting(copy.deepcopy(base), rewards, kind, checkpointing=checkpointing)
-        steps, last = draft.steps_cost(common.gflop, velocity, other, z, lam), draft.gradient_cost(common.gflop, score, z.clone().requires_grad_())
-        for stop, keep in ((5, 3), (2, 1)):
-            assert steps(stop, keep) + last == pytest.approx(common.gflop(lambda: draft.draft_loss(velocity, other, score, z, GRID, stop, keep, lam)[0].backward()), rel=1e-9)
+@pytest.mark.parametrize(
+    "stitched, lam, checkpointing, stop, keep", [(True, 0.5, True, 4, 2), (False, 0.0, False, 2, 1)]
+)
+def test_the_cost_of_a_rollout_is_the_counted_one(
+    base, rewards, monkeypatch, stitched, lam, checkpointing, stop, keep
+):
+    """Put together from a step and a shortest rollout, with the regulariser, checkpointing and the
+    value, or none of them."""
+    z, condition, texts = batch(1)
+    values = [small_value(base, r, 2) for r in rewards] if stitched else []
+    draft.own_prefixes(values)
+    draft.add_lora(base, 4, 8)
+    backbone = SimpleNamespace(transformer=base, decode=decode)
+    backbone.velocity = partial(common.velocity, base)
+    given = backbone, rewards, values, condition, texts, checkpointing
+    functions = draft.step_functions(*given)
+    monkeypatch.setattr(draft, "chosen", lambda *_: functions)
+    run = SimpleNamespace(shape=z.shape[1:], device=z.device, grid=GRID)
+    step, rest = draft.costs(run, argparse.Namespace(regularise=lam), "", keep)
+
+    def whole():
+        draft.draft_loss(*functions, z, GRID, stop, keep, lam)[0].backward()
+
+    assert (stop - keep) * step + rest == pytest.approx(common.gflop(whole), rel=1e-9)
 
 
 # ---------------------------------------------------------------------------- laws
-def tally(n, *args):
+EVERY = [(10, k) for k in range(1, 10)]
+LAWS = [
+    ((1, None, 10), [(10, 1)]),
+    ((3, None, 10), [(10, 3)]),
+    ((1, (3, 7), 10), [(k, 1) for k in range(3, 8)]),
+    ((3, (3, 7), 10), [(k, 3) for k in range(3, 8)]),
+    ((None, None, 10), EVERY),
+]
+
+
+@pytest.mark.parametrize("args, expected", LAWS, ids=str)
+def test_laws_of_stop_and_truncation(args, expected):
+    """Uniform over exactly these: counts within four and a half standard errors; AlignProp keeps
+    one step at least and never all."""
+    n, p = 4000, 1 / len(expected)
     draw = torch.Generator().manual_seed(3)
     drawn = [draft.draw_rollout(*args, draw) for _ in range(n)]
-    return {pair: drawn.count(pair) for pair in sorted(set(drawn))}
+    assert sorted(set(drawn)) == expected
+    error = (n * p * (1 - p)) ** 0.5
+    assert all(abs(drawn.count(pair) - n * p) <= 4.5 * error for pair in expected)
 
 
-@pytest.mark.parametrize("args, expected", [((1, None, 10), [(10, 1)]), ((3, None, 10), [(10, 3)]), ((1, (3, 7), 10), [(k, 1) for k in range(3, 8)]),
-                                            ((3, (3, 7), 10), [(k, 3) for k in range(3, 8)]), ((None, None, 10), [(10, k) for k in range(1, 10)])], ids=str)
-def test_laws_of_stop_and_truncation(args, expected):
-    """Uniform over exactly these: counts within four and a half standard errors; AlignProp keeps one step at least and never all."""
-    n = 4000
-    found, p = tally(n, *args), 1 / len(expected)
-    assert list(found) == expected
-    assert all(abs(c - n * p) <= 4.5 * (n * p * (1 - p)) ** 0.5 for c in found.values())
-
-
-def test_average_of_the_weights():
-    """Decay by hand: 1/10, 2/11, ... up to what is asked for; and none."""
-    assert [common.decay_at(k, 0.9) for k in (0, 1, 8, 79, 80, 1000)] == pytest.approx([0.1, 2 / 11, 0.5, 80 / 89, 0.9, 0.9])
-    assert common.decay_at(50, 0.0) == 0
-    average = torch.zeros(())
-    for k, w in enumerate((3.0, 5.0)):
-        common.follow([average], [torch.tensor(w)], common.decay_at(k, 0.9))
-    assert float(average) == pytest.approx(2 / 11 * (0.9 * 3) + 9 / 11 * 5)
-
-
-def test_work_saved():
-    row = lambda method, gflop, reward: dict(method=method, gflop=gflop, reward=reward)
-    rows = [row("draft-1", 0, 0.5), row("draft-1", 100, 0.7), row("draft-1+stitchvm", 0, 0.5), row("draft-1+stitchvm", 40, 0.6), row("draft-1+stitchvm", 80, 0.8),
-            row("draft-3", 0, 0.5), row("draft-3", 100, 0.9), row("draft-3+stitchvm", 0, 0.5), row("draft-3+stitchvm", 90, 0.8), row("draft-2+stitchvm", 0, 0.5)]
-    one, three = common.work_saved(rows)
-    assert one == dict(method="draft-1+stitchvm", baseline="draft-1", reward=0.7, gflop=pytest.approx(60), share=pytest.approx(0.6))
-    assert three["gflop"] is three["share"] is None
-    worse, = common.work_saved([row("draft-1", 0, 0.5), row("draft-1", 100, 0.49), row("draft-1+stitchvm", 0, 0.5), row("draft-1+stitchvm", 40, 0.7)])
-    assert (worse["gflop"], worse["share"]) == (0.0, None)
-    noisy, = common.work_saved([row("draft-1", 0, 0.5), row("draft-1", 50, 0.7), row("draft-1", 100, 0.6), row("draft-1+stitchvm", 0, 0.5), row("draft-1+stitchvm", 20, 0.6)])
-    assert noisy["share"] == pytest.approx(20 / 25)  # of the work at which the baseline first had .6, not of all of it
-    assert [common.how_reached(r) for r in (one, three, worse)] == ["after 60% of its work", "not reached", "no higher than the base model's"]
-    window, = common.work_saved([dict(r, run=r["method"] + "_2-12" * ("+" in r["method"])) for r in rows[:5]], "run")
-    assert window["run"] == "draft-1+stitchvm_2-12" and window["gflop"] == pytest.approx(60)
-
-
-# ---------------------------------------------------------------------------- LoRA and evaluation, in common
+# ---------------------------------------------------------------------------- LoRA and evaluation
 def test_add_lora(base):
-    """The eight projections of every block, the second attention included; zero at the start, float32 also on half precision, all else frozen."""
+    """The eight projections of every block, the second attention included; zero at the start,
+    float32 also on half precision, all else frozen."""
     half = copy.deepcopy(base).bfloat16()
-    parameters = common.add_lora(half, 4, 8)
+    parameters = draft.add_lora(half, 4, 8)
     names = [n for n, p in half.named_parameters() if p.requires_grad]
-    assert len(parameters) == len(names) == 2 * (8 * 4 - 1 + 4 * 2) and all(".lora_" in n for n in names)  # the last block has no to_add_out
-    assert all(p.dtype == torch.float32 for p in parameters) and next(half.parameters()).dtype == torch.bfloat16
+    # the last block has no to_add_out
+    assert len(parameters) == len(names) == 2 * (8 * 4 - 1 + 4 * 2)
+    assert all(".lora_" in n for n in names)
+    assert all(p.dtype == torch.float32 for p in parameters)
+    assert next(half.parameters()).dtype == torch.bfloat16
     assert all(not p.any() for n, p in half.named_parameters() if "lora_B" in n)
     assert {m.scaling["default"] for m in half.modules() if hasattr(m, "scaling")} == {2.0}
     z, condition, _ = batch()
@@ -324,269 +419,356 @@ def test_add_lora(base):
     assert u.dtype == z.dtype and torch.isfinite(u).all()
 
 
-def test_without_lora(base):
-    """The base model inside, to the bit, the adapted one outside, and its gradients are all there again."""
-    z, condition, _ = batch()
-    sigma, untouched = torch.full((2,), 0.5), copy.deepcopy(base)
-    parameters = common.add_lora(base, 4, 8)
-    shake(parameters)
+def test_the_base_velocity_is_without_the_lora(base, rewards):
+    """The base model to the bit, the adapted one before and after, also with a second adapter
+    there, and its gradients are all there again."""
+    parameters, (velocity, without, _), z, u, u_base, _ = setting(base, rewards, "clean")
+    average = draft.add_lora(base, 4, 8, "average")
+    base.set_adapter("default")
+    shake([*parameters, *average])
+    sigma = torch.full((2,), 0.5)
     with torch.no_grad():
-        with common.without_lora(base):
-            assert torch.equal(library(base, condition)(z, sigma), library(untouched, condition)(z, sigma))
-        assert (library(base, condition)(z, sigma) - library(untouched, condition)(z, sigma)).abs().max() > 1e-3
+        before = u(z, sigma)
+        assert_close(without(z, sigma), u_base(z, sigma), atol=1e-5, rtol=1e-5)
+        assert torch.equal(u(z, sigma), before)
+        assert (before - u_base(z, sigma)).abs().max() > 1e-3
     assert all(p.requires_grad for p in parameters)
-    library(base, condition)(z, sigma).sum().backward()
+    assert not any(p.requires_grad for p in average)
+    velocity(z, sigma).sum().backward()
     assert all(p.grad is not None for p in parameters)
 
 
-@pytest.mark.parametrize("i", [0, 2, 4])
-def test_frozen_prefix(base, i):
-    z, _, _ = batch()
-    sigma = torch.full((2,), 0.5)
-    prefix = common.frozen_prefix(base, i)
-    run = lambda t: common.run_blocks(t, common.begin(t, z, sigma, *[v.expand(2, *v.shape[1:]) for v in NULL]), i)
-    assert torch.equal(run(prefix)["h"], run(base)["h"]) and len(common.dit_blocks(prefix)) == i and len(common.dit_blocks(base)) == 4
-    assert base.norm_out is not None and prefix.norm_out is None
-    own = {p.data_ptr() for b in prefix.transformer_blocks for p in b.parameters()}
-    assert not own & {p.data_ptr() for p in base.parameters()}
-
-
-def test_swapped():
-    a = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.zeros(3))]
-    with pytest.raises(RuntimeError):
-        with common.swapped(a, [torch.full((2,), 5.0), torch.full((3,), 6.0)]):
-            assert a[0].tolist() == [5, 5] and a[1].tolist() == [6, 6, 6]
-            raise RuntimeError
-    assert a[0].tolist() == [1, 1] and a[1].tolist() == [0, 0, 0]
-
-
-def test_coco_captions_are_prompts(tmp_path):
-    (tmp_path / "c.json").write_text(json.dumps(dict(images=[], annotations=[dict(id=0, image_id=0, caption="a red circle"), dict(id=1, image_id=0, caption="a ring")])))
-    assert common.load_prompts(tmp_path / "c.json") == [{"prompt": "a red circle"}, {"prompt": "a ring"}]
-    (tmp_path / "d.json").write_text(json.dumps(dict(images=[])))
-    with pytest.raises(SystemExit, match="is no list of prompts"):
-        common.load_prompts(tmp_path / "d.json")
-
-
-def test_evaluate_keeps_noise_and_prompt_together(monkeypatch):
-    """Whatever the batch; a sample that overflows counts as NaN, not as an image; the only reward has no second column."""
-    backbone = SimpleNamespace(device=torch.device("cpu"), velocity=lambda z, sigma, c: z - c[0][:, :, None, None], decode=lambda z: z[:, :3].sigmoid())
-    reward = SimpleNamespace(name="a", uses_text=True, encode_text=lambda prompts: torch.tensor([float(p) for p in prompts]), embed=lambda x: (x.flatten(1), None),
-                             score=lambda e, text: text + e.sum(1))
-    monkeypatch.setattr(common, "load_scorers", lambda *a: {"a": None, "mean": lambda x, p: x.mean((1, 2, 3)) + torch.tensor([float(v) for v in p])})
-    noise, condition = torch.randn(5, 3, 4, 4), [torch.arange(5.0)[:, None].expand(5, 3), torch.zeros(5, 1)]
-    run = lambda size: common.evaluate(backbone, [reward], "mini", list("01234"), condition, noise, [1.0, 0.5, 0.0], size)
-    images, scores = run(2)
-    assert torch.equal(images, run(5)[0]) and images.dtype == torch.uint8 and images.shape == (5, 3, 4, 4) and list(scores) == ["reward", "mean"]
+def test_evaluate_keeps_noise_and_prompt_together():
+    """Whatever the batch; a sample that overflows stops the run in one sentence."""
+    backbone = SimpleNamespace(device=torch.device("cpu"), decode=lambda z: z[:, :3].sigmoid())
+    backbone.velocity = lambda z, sigma, c: z - c[0][:, :, None, None]
+    condition = [torch.arange(5.0)[:, None].expand(5, 3), torch.zeros(5, 1)]
+    noise = torch.randn(5, 3, 4, 4)
+    run = partial(draft.evaluate, backbone, condition, noise, [1.0, 0.5, 0.0])
+    images = run(2)
+    assert torch.equal(images, run(5)) and images.dtype == torch.uint8
     x = noise.clone()
     for _ in range(2):
         x = x - 0.5 * (x - condition[0][:, :, None, None])
-    assert_close(scores["mean"], x.sigmoid().mean((1, 2, 3)) + torch.arange(5.0), atol=2e-3, rtol=0)
-    assert_close(scores["reward"], F.normalize(x.sigmoid().flatten(1), dim=1).sum(1) + torch.arange(5.0), atol=2e-2, rtol=0)
+    assert_close(images / 255, x.sigmoid(), atol=2e-3, rtol=0)
     noise[3] = float("inf")
-    assert run(2)[1]["mean"].isnan().tolist() == [False, False, False, True, False]
+    with pytest.raises(SystemExit, match="^error: samples became NaN or infinite"):
+        run(2)
 
 
 def test_prompts_to_evaluate_on_are_not_trained_on(tmp_path):
     """Also where one file holds both; a prompt that is there twice counts once."""
-    (tmp_path / "p.txt").write_text("\n".join(["a red circle", "a blue ring", "a red circle", "two stars", "a ring"]))
+    prompts = ["a red circle", "a blue ring", "a red circle", "two stars", "a ring"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
     (tmp_path / "e.txt").write_text("a blue ring\na ring\n")
-    pool, held_out = common.split_prompts(draft.parse_args(["--train-prompts", f"{tmp_path}/p.txt", "--eval-prompts", f"{tmp_path}/e.txt"]))
-    assert sorted(pool) == ["a red circle", "two stars"] and held_out == ["a blue ring", "a ring"]
+    flags = ["--train-prompts", f"{tmp_path}/p.txt", "--eval-prompts", f"{tmp_path}/e.txt"]
+    pool, held_out = draft.split_prompts(draft.parse_args(flags))
+    assert sorted(pool) == ["a red circle", "two stars"]
+    assert held_out == [{"prompt": "a blue ring"}, {"prompt": "a ring"}]
 
 
-# ---------------------------------------------------------------------------- published sizes
-def test_dry_run_of_a_shallow_model(capsys, monkeypatch):
-    """The value costs less than decoder and reward, checkpointing adds a pass for each kept step and takes memory away."""
-    name, config, *rest = common.CONFIGS["sd3.5-medium"]
-    monkeypatch.setitem(common.CONFIGS, "sd3.5-medium", (name, config | dict(num_layers=4, dual_attention_layers=(0, 1)), *rest))
-    draft.main(draft.parse_args(["--dry-run", "--reward", "hpsv2"]))
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    cases = {c["method"]: c for c in report["cases"]}
-    assert (report["stage"], report["resolution"]) == ("07_draft", 512) and all(c["unit"] == "sample" and c["n"] == 500 * 64 for c in cases.values())
-    of = lambda key, k, c="": cases[f"draft-{k}{c}"][key]
-    added = of("tflop", 1, ", checkpointing") - of("tflop", 1)
-    assert of("tflop", 3, ", checkpointing") - of("tflop", 3) == pytest.approx(3 * added) and 0 < 2 * added < of("tflop", 3) - of("tflop", 1)
-    for checkpointing in ("", ", checkpointing"):
-        for key in ("tflop", "saved_gib"):
-            assert all(of(key, k, f"+stitchvm, i = 4{checkpointing}") < of(key, k, checkpointing) for k in (1, 3))
-    assert of("saved_gib", 3, "+stitchvm, i = 4, checkpointing") < 0.6 * of("saved_gib", 3, "+stitchvm, i = 4")
-    assert "alignprop, checkpointing" in cases and "alignprop" not in cases
+def test_coco_captions_are_prompts(tmp_path):
+    captions = [dict(image_id=0, caption=c) for c in ("a red circle", "a ring")]
+    (tmp_path / "c.json").write_text(json.dumps(dict(images=[], annotations=captions)))
+    found = common.load_prompts(f"{tmp_path}/c.json")
+    assert found == [{"prompt": "a red circle"}, {"prompt": "a ring"}]
+    (tmp_path / "d.json").write_text(json.dumps(dict(images=[])))
+    with pytest.raises(SystemExit, match="is no list of prompts"):
+        common.load_prompts(f"{tmp_path}/d.json")
 
 
-@pytest.mark.slow
-def test_dry_run_counts_the_published_step(capsys):
-    """SD 3.5 Medium at 512 with DFN-CLIP and HPSv2, TFLOP a sample, as counted apart from this code."""
-    draft.main(draft.parse_args(["--dry-run", "--reward", "dfn-clip+hpsv2"]))
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    cases = {c["method"]: c for c in report["cases"]}
-    stitchvm = lambda k, i, c="": f"draft-{k}+stitchvm, i = {i}{c}"
-    expected = {"draft-1": 38.2, "draft-3": 49.1, stitchvm(1, 4): 21.7, stitchvm(1, 12): 23.8, stitchvm(3, 4): 32.7, stitchvm(3, 12): 34.7, "draft-1, checkpointing": 40.7,
-                "draft-3, checkpointing": 56.6, stitchvm(1, 4, ", checkpointing"): 24.2, stitchvm(3, 4, ", checkpointing"): 40.1}
-    assert {k: cases[k]["tflop"] for k in expected} == pytest.approx(expected, rel=0.02)
-    assert cases["alignprop, checkpointing"]["tflop"] > cases["draft-3, checkpointing"]["tflop"]
-    assert cases[stitchvm(3, 4, ", checkpointing")]["saved_gib"] < 0.4 * cases[stitchvm(3, 4)]["saved_gib"] < 0.4 * cases["draft-3"]["saved_gib"]
-
-
-# ---------------------------------------------------------------------------- as a user runs it, on the miniature with untrained value models
-SHORT = ["--device", "cpu", "--batch", 2, "--train-limit", 8, "--eval-limit", 3, "--eval-steps", 2, "--updates", 2, "--eval-every", 9, "--save-every", 1, "--stop", 2, 3, "--methods", "draft-1+stitchvm"]
-
-
-def arguments(*flags):
-    return [str(f) for f in (*SHORT, *flags)]
+# ---------------------------------------------------------------------------- as a user runs it
+# on the miniature, with value models that were never trained
+SHORT = ["--device", "cpu", "--batch", 2, "--train-limit", 8, "--eval-limit", 3, "--eval-steps", 2]
+SHORT += ["--updates", 2, "--eval-every", 9, "--stop", 2, 3, "--methods", "draft-1+stitchvm"]
+SHORT += ["--scorers"]  # the reward alone judges
+SCORERS = ("aesthetic", "judge")
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Run the stage in a folder of its own: the table that it writes, and what it prints. Unless `all` scorers are asked for, the reward alone judges the held-out images."""
-    (tmp_path / "tests").symlink_to(ROOT / "tests")  # the prompts are there, but not the value models that somebody may have in runs/
+    """Run the stage in a folder of its own: the table that it writes, and what it prints."""
+    # the prompts are there, but not the value models that somebody may have in runs/
+    (tmp_path / "tests").symlink_to(common.ROOT / "tests")
     monkeypatch.chdir(tmp_path)
-    load = common.load_scorers
 
-    def go(*flags, out=tmp_path / "out", all=False):
-        monkeypatch.setattr(common, "load_scorers", load if all else lambda *a: {})
-        draft.main(draft.parse_args(arguments("--out", out, *flags)))
+    def go(*flags, out=tmp_path / "out"):
+        draft.main(draft.parse_args([str(f) for f in (*SHORT, "--out", out, *flags)]))
         return json.loads((out / "07_draft.json").read_text()), capsys.readouterr().out
+
     return go
 
 
 def lora(out, method):
-    return load_file(out / method / "pytorch_lora_weights.safetensors")
+    return load_file(Path(out, method, "pytorch_lora_weights.safetensors"))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
 
 
 @pytest.mark.parametrize("backbone", ["sd3.5-medium", "flux"])
 def test_the_noise_levels_of_a_run(run, backbone):
-    """On either transformer: without shift in the miniature, with another where a flag says so; the rollouts and the evaluation use them."""
-    flags, even = ("--backbone", backbone, "--methods", "draft-1", "--updates", 1), torch.linspace(1, 0.1, 10, dtype=torch.float64)
-    table, shifted = run(*flags, "--grid", "even")[0], run(*flags, "--grid", "even", "--shift", 3)[0]
-    assert table["grid"] == pytest.approx([*even.tolist(), 0], abs=1e-6) and shifted["grid"] == pytest.approx([*(3 * even / (1 + 2 * even)).tolist(), 0], abs=1e-6)
+    """On either transformer: without shift in the miniature, with another where a flag says so; the
+    rollouts and the evaluation use them."""
+    flags = ("--backbone", backbone, "--methods", "draft-1", "--updates", 1)
+    even = torch.linspace(1, 0.1, 10, dtype=torch.float64)
+    table, _ = run(*flags, "--grid", "even")
+    shifted, _ = run(*flags, "--grid", "even", "--shift", 3)
+    assert table["grid"] == pytest.approx([*even.tolist(), 0], abs=1e-6)
+    expected = [*(3 * even / (1 + 2 * even)).tolist(), 0]
+    assert shifted["grid"] == pytest.approx(expected, abs=1e-6)
     assert run(*flags)[0]["grid"][1] == pytest.approx(0.889, abs=1e-6)
-    assert shifted["rows"][1]["score"] != table["rows"][1]["score"] and shifted["rows"][0]["reward"] != table["rows"][0]["reward"]
+    assert shifted["rows"][1]["score"] != table["rows"][1]["score"]
+    assert shifted["rows"][0]["reward"] != table["rows"][0]["reward"]
 
 
 def test_a_whole_short_run(run, values, tmp_path):
-    """The promised keys, one evaluation of the base model for all, costs in the order that the method is about, files and figures."""
+    """The promised keys, one evaluation of the base model for all, costs in the order that the
+    method is about, files, images and figures."""
     methods = ("draft-1", "alignprop", "draft-1+stitchvm")
-    table, printed = run("--methods", *methods, "--value", values["clip"], "--accumulate", 2, all=True)
+    flags = ("--value", values["clip"], "--accumulate", 2, "--save-images", "--scorers", *SCORERS)
+    table, printed = run("--methods", *methods, *flags)
     rows = table["rows"]
     assert [(r["method"], r["update"]) for r in rows] == [(m, k) for m in methods for k in (0, 2)]
-    metrics = ("dfn-clip", "hpsv2", "aesthetic", "judge", "geneval")
+    keys = {"method", "update", "seconds", "gflop", "n"}
+    keys |= {k for s in ("reward", "gain", *SCORERS) for k in (s, f"{s}_se")}
+    folder = tmp_path / "out"
+    lam = table["config"]["regularise"]
     for r in rows:
-        assert {"method", "update", "seconds", "gflop", "reward", "reward_se", "n", *metrics, *(f"{m}_se" for m in metrics)} <= set(r) and "clip" not in r and r["n"] == 3
+        assert keys <= set(r) and "clip" not in r and r["n"] == 3
+        assert r["gain"] == pytest.approx(r["reward"] - rows[0]["reward"], abs=1e-6)
+        assert len([*(folder / r["images"]).glob("*/samples/0000.png")]) == 3
         if r["update"] == 0:
-            assert r["gflop"] == r["seconds"] == 0 and {k: v for k, v in r.items() if k != "method"} == {k: v for k, v in rows[0].items() if k != "method"}
+            assert r["gflop"] == r["seconds"] == 0 and r | dict(method="draft-1") == rows[0]
         else:
-            assert r["gflop"] > 0 and r["seconds"] > 0 and r["gradient"] > 0 and r["loss"] == pytest.approx(table["config"]["regularise"] * r["distance"] - r["score"], abs=1e-6)
-    gflop = {r["method"]: r["gflop"] for r in rows if r["update"] == 2}
-    assert gflop["draft-1+stitchvm"] < 0.6 * gflop["draft-1"] < 0.6 * gflop["alignprop"]
-    assert len(table["grid"]) == 11 and len(table["values"]) == 1 and [len(v) for v in table["rewards_of_prompts"]] == [3] * 6
-    assert {s["method"] for s in table["work_saved"]} == {"draft-1+stitchvm"}
-    assert "2 prompts x 2 micro-batches x 1 processes = 4 samples an update" in printed and printed.count("update 0:") == 1
-    out = tmp_path / "out"
+            assert r["images"] == f"07_images/{r['method']}/2"
+            assert r["gflop"] > 0 and r["seconds"] > 0 and r["gradient"] > 0
+            assert r["loss"] == pytest.approx(lam * r["distance"] - r["score"], abs=1e-6)
+    work = {r["method"]: r["gflop"] for r in rows if r["update"] == 2}
+    assert work["draft-1+stitchvm"] < 0.6 * work["draft-1"] < 0.6 * work["alignprop"]
+    assert len(table["grid"]) == 11 and len(table["values"]) == 1
+    assert [len(v) for v in table["rewards_of_prompts"]] == [3] * 6
+    assert "an update: 2 prompts x 2 micro-batches x 1 processes" in printed
+    assert printed.count("update 0:") == 1
     for name in ("07_curves", "07_grid"):
-        assert Image.open(out / f"{name}.png").width > 300
-    files = [lora(out, m) for m in methods]
-    assert not (out / "07_draft.train").exists() and all(f.keys() == files[0].keys() for f in files)
-    assert all(any(not torch.equal(files[0][k], f[k]) for k in f) for f in files[1:])
+        assert Image.open(folder / f"{name}.png").width > 300
+    first, *others = (lora(folder, m) for m in methods)
+    assert all(first.keys() == other.keys() and not same(first, other) for other in others)
 
 
 def test_a_joint_reward_and_a_budget_of_work(run, values):
-    """The sum of the parts, whose columns stay; a method ends with the first update at which the work is spent; a new adapter is the base model."""
-    table, _ = run("--reward", "clip+hpsv2", "--value", values["clip"], values["hpsv2"], "--methods", "draft-1+stitchvm", "--stop", 3, 3, "--updates", 50, "--gflop", 10, all=True)
-    first, last = table["rows"]
-    assert first["update"] == 0 and 10 <= last["gflop"] < 10 * last["update"] / (last["update"] - 1) and last["reward"] == pytest.approx(last["clip"] + last["hpsv2"], abs=1e-5)
+    """The sum of the parts, whose columns stay; a method ends with the first update at which the
+    work is spent."""
+    both = ("--reward", "clip+hpsv2", "--value", values["clip"], values["hpsv2"])
+    flags = ("--stop", 3, 3, "--updates", 50, "--gflop", 10, "--scorers", "clip", "hpsv2")
+    first, last = run(*both, *flags)[0]["rows"]
+    assert first["update"] == 0
+    assert 10 <= last["gflop"] < 10 * last["update"] / (last["update"] - 1)
+    assert last["reward"] == pytest.approx(last["clip"] + last["hpsv2"], abs=1e-5)
 
 
 def test_the_lora_loads_into_a_fresh_pipeline(tmp_path):
-    """By pipe.load_lora_weights, with its alpha: the same velocity as the trained one's, and not the base model's."""
+    """By pipe.load_lora_weights, with its alpha: the same velocity as the average's, and neither
+    the base model's nor the trained one's."""
     backbone = common.Backbone("sd3.5-medium")
+    null = [v.expand(2, *v.shape[1:]) for v in backbone.prompts(["a red circle"])]
     plain = copy.deepcopy(backbone.transformer)
-    shake(common.add_lora(backbone.transformer, 4, 16), 0.05)
-    common.save_lora(backbone, tmp_path / "lora")
-    pipe = StableDiffusion3Pipeline.from_pretrained(backbone.source, text_encoder_3=None, tokenizer_3=None)
+    for name in draft.POLICIES:
+        shake(draft.add_lora(backbone.transformer, 4, 16, name), 0.05)
+    draft.save_lora(backbone, tmp_path / "lora", "average")
+    parts = dict.fromkeys(("text_encoder_3", "tokenizer_3"))
+    pipe = StableDiffusion3Pipeline.from_pretrained(backbone.source, **parts)
     pipe.load_lora_weights(tmp_path / "lora")
-    z, sigma, null = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.9]), common.encode_prompts(backbone, ["a red circle"])
-    null = [v.expand(2, *v.shape[1:]) for v in null]
+    z, sigma = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.9])
     with torch.no_grad():
-        u, loaded, base = (library(t, null)(z, sigma) for t in (backbone.transformer, pipe.transformer, plain))
-    assert_close(loaded, u, atol=1e-5, rtol=1e-4)
-    assert (u - base).abs().max() > 0.05
-    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["pytorch_lora_weights.safetensors"]
-    assert all(re.match(r"transformer\.transformer_blocks\.\d\.attn2?\.[a-z_.0]+\.lora_[AB]\.weight$", k) for k in lora(tmp_path, "lora"))
+        found = {}
+        for name in draft.POLICIES:
+            backbone.transformer.set_adapter(name)
+            found[name] = library(backbone.transformer, null)(z, sigma)
+        loaded, base = (library(t, null)(z, sigma) for t in (pipe.transformer, plain))
+    assert_close(loaded, found["average"], atol=1e-5, rtol=1e-4)
+    assert (loaded - base).abs().max() > 0.05 and (loaded - found["default"]).abs().max() > 0.05
+    files = [p.name for p in (tmp_path / "lora").iterdir()]
+    assert files == ["pytorch_lora_weights.safetensors"]
+    name = r"transformer\.transformer_blocks\.\d\.attn2?\.[a-z_.0]+\.lora_[AB]\.weight$"
+    assert all(re.match(name, k) for k in lora(tmp_path, "lora"))
+
+
+def test_average_of_the_weights(run, tmp_path, monkeypatch):
+    """Decay by hand: 1/10, 2/11, … up to what is asked for; and none. What is evaluated and written
+    is the average, from the start on."""
+    decays = []
+
+    def spy(decay):
+        decays.append(decay)
+        return get_ema_multi_avg_fn(decay)
+
+    monkeypatch.setattr(draft, "get_ema_multi_avg_fn", spy)
+    run("--methods", "draft-1", "--updates", 4, "--ema", 0.25)
+    assert decays == pytest.approx([0.1, 2 / 11, 0.25, 0.25])
+    run("--methods", "draft-1", "--updates", 1, "--ema", 0, out=tmp_path / "last")
+    assert decays[4:] == [0]
+    saved = {}
+    for name in ("out", "last"):
+        path = tmp_path / name / "draft-1/07_draft.train"
+        saved[name] = torch.load(path, weights_only=True)["data"]["lora"]
+    pairs = [list(zip(s["default"], s["average"], strict=True)) for s in saved.values()]
+    assert sum(not torch.equal(a, b) for a, b in pairs[0]) > 100
+    assert all(torch.equal(a, b) for a, b in pairs[1])
+    average = [torch.zeros(())]
+    for k, w in enumerate((3.0, 5.0)):
+        get_ema_multi_avg_fn((1 + k) / (10 + k))(average, [torch.tensor(w)], None)
+    assert float(average[0]) == pytest.approx(2 / 11 * (0.9 * 3) + 9 / 11 * 5)
+    written = sum(
+        float(v.double().square().sum()) for v in lora(tmp_path / "out", "draft-1").values()
+    )
+    expected = sum(float(v.double().square().sum()) for v in saved["out"]["average"])
+    assert written == pytest.approx(expected, rel=1e-9)
 
 
 def test_killed_and_resumed_gives_the_same_bits(run, values, tmp_path, one_thread):
-    """Killed between two updates: LoRA, average, optimiser and draws go on as if nothing had been, and so does the table."""
-    flags, half, running = ("--methods", "draft-1+stitchvm", "--value", values["clip"], "--updates", 4), tmp_path / "half", tmp_path / "half/07_draft.train"
+    """Killed between two updates: LoRA, average, optimiser and draws go on as if nothing had been,
+    and so does the table."""
+    flags = ("--value", values["clip"], "--updates", 4)
+    half = tmp_path / "half"
+    running = half / "draft-1+stitchvm/07_draft.train"
     process = children.start("07_draft", *SHORT, "--out", half, *flags)
     while not running.exists() or torch.load(running, weights_only=True)["data"]["update"] < 1:
         assert process.is_alive(), "it ended before it could be killed"
         time.sleep(0.02)
     process.kill()
     process.join()
-    assert not (half / "07_draft.json").exists() and not (half / "draft-1+stitchvm").exists()
+    assert not (half / "07_draft.json").exists()
+    assert not (half / "draft-1+stitchvm/pytorch_lora_weights.safetensors").exists()
     whole, _ = run(*flags, out=tmp_path / "whole")
-    resumed, printed = run(*flags, "--resume", out=half)  # with fewer scorers than what was killed
+    resumed, printed = run(*flags, "--resume", out=half)
     assert "update 0" not in printed and "update 4" in printed
-    same = lambda rows: [[r.get(k) for k in ("method", "update", "gflop", "reward", "loss", "score", "distance", "gradient")] for r in rows]
-    assert same(resumed["rows"]) == same(whole["rows"]) and resumed["rewards_of_prompts"] == whole["rewards_of_prompts"]
-    a, b = lora(half, "draft-1+stitchvm"), lora(tmp_path / "whole", "draft-1+stitchvm")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert without_seconds(resumed["rows"]) == without_seconds(whole["rows"])
+    assert resumed["rewards_of_prompts"] == whole["rewards_of_prompts"]
+    assert same(*(lora(d, "draft-1+stitchvm") for d in (half, tmp_path / "whole")))
+
+
+def test_a_finished_method_is_not_trained_again(run, values, tmp_path, monkeypatch):
+    """--resume takes its rows as they are, also with other scorers, and starts the method that has
+    no file; with more updates it goes on. The tables are those of one run."""
+    flags = ("--value", values["clip"], "--updates", 1)
+    both = ("--methods", "draft-1", "draft-1+stitchvm")
+    run(*flags, "--methods", "draft-1")
+    trained = []
+    gradient = draft.gradient
+
+    def spy(run, args, method, update):
+        trained.append((method, update))
+        return gradient(run, args, method, update)
+
+    monkeypatch.setattr(draft, "gradient", spy)
+    resumed, _ = run(*flags, *both, "--resume")
+    assert trained == [("draft-1+stitchvm", 0)]
+    whole, _ = run(*flags, *both, out=tmp_path / "whole")
+    assert without_seconds(resumed["rows"]) == without_seconds(whole["rows"])
+    trained.clear()
+    again, _ = run(*flags, *both, "--resume", "--scorers", "judge")
+    assert again["rows"] == resumed["rows"] and not trained
+    more, _ = run("--methods", "draft-1", "--updates", 2, "--resume")
+    assert trained == [("draft-1", 1)] and [r["update"] for r in more["rows"]] == [0, 1, 2]
 
 
 def test_two_processes_are_one_with_twice_the_batch(run, values, tmp_path):
-    """The same samples, so the same loss and the same work."""
-    flags = ("--methods", "draft-1+stitchvm", "--value", values["clip"], "--accumulate", 2, "--eval-limit", 4)
+    """The same samples, so the same loss and the same work; the held-out prompts are shared."""
+    flags = ("--value", values["clip"], "--accumulate", 2)
     one, _ = run(*flags, "--batch", 4, out=tmp_path / "one")
     children.run_two("07_draft", *SHORT, "--out", tmp_path / "two", *flags)
     two = json.loads((tmp_path / "two/07_draft.json").read_text())
-    for a, b in zip(one["rows"], two["rows"]):
-        assert all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-6) for k in ("update", "gflop", "reward", *(("loss", "score", "gradient") if a["update"] else ())))
-    a, b = lora(tmp_path / "one", "draft-1+stitchvm"), lora(tmp_path / "two", "draft-1+stitchvm")
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        keys = (
+            "update",
+            "gflop",
+            "reward",
+            *(("loss", "score", "gradient") if a["update"] else ()),
+        )
+        for k in keys:
+            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-6)
+    a, b = (lora(tmp_path / name, "draft-1+stitchvm") for name in ("one", "two"))
     assert all((a[k] - b[k]).norm() < 0.05 * a[k].norm() + 1e-5 for k in a)
 
 
 def test_a_nan_stops_training_and_keeps_the_last_good_state(run, values, tmp_path):
-    with pytest.raises(SystemExit, match="^error: the loss of draft-1.stitchvm became NaN or infinite in update 2; the last good state is .*07_draft.train") as e:
-        run("--methods", "draft-1+stitchvm", "--value", values["clip"], "--lr", 1e30)
-    saved = torch.load(tmp_path / "out/07_draft.train", weights_only=True)["data"]
-    assert saved["update"] == 0 and all(v.isfinite().all() for v in saved["lora"]) and "\n" not in str(e.value)
-    with pytest.raises(SystemExit, match="samples of draft-1.stitchvm became NaN or infinite by update 1"):
-        run("--methods", "draft-1+stitchvm", "--value", values["clip"], "--lr", 1e30, "--ema", 0, "--eval-every", 1)
-    assert not (tmp_path / "out/draft-1+stitchvm").exists()
+    flags = ("--value", values["clip"], "--lr", 1e30)
+    sentence = "the loss of draft-1.stitchvm became NaN or infinite in update 2; "
+    sentence += "the last good state is .*07_draft.train"
+    with pytest.raises(SystemExit, match=f"^error: {sentence}") as e:
+        run(*flags)
+    folder = tmp_path / "out/draft-1+stitchvm"
+    saved = torch.load(folder / "07_draft.train", weights_only=True)["data"]
+    assert saved["update"] == 0 and "\n" not in str(e.value)
+    assert all(v.isfinite().all() for v in saved["lora"]["default"])
+    with pytest.raises(SystemExit, match="^error: samples became NaN or infinite"):
+        run(*flags, "--ema", 0, "--eval-every", 1)
+    assert not (folder / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_nan_at_once_has_no_file_to_name(run, monkeypatch):
+    loss = draft.draft_loss
+
+    def broken(*given):
+        return [part * math.nan for part in loss(*given)]
+
+    monkeypatch.setattr(draft, "draft_loss", broken)
+    with pytest.raises(SystemExit, match="in update 1; the last good state is the base model"):
+        run("--methods", "draft-1")
 
 
 def test_whole_rollouts_need_no_stop_window():
     args = draft.parse_args(["--steps", "5", "--methods", "draft-1", "alignprop"])
-    assert draft.check(args) == {"draft-1": dict(keep=1, stops=None, checkpointing=False), "alignprop": dict(keep=None, stops=None, checkpointing=True)}
+    assert draft.check(args) == {
+        "draft-1": dict(keep=1, stops=None, checkpointing=False),
+        "alignprop": dict(keep=None, stops=None, checkpointing=True),
+    }
 
 
-@pytest.mark.parametrize("flags, message", [
+MISUSE = [
     (["--methods", "draft"], "there is no method draft: --methods takes draft-1,"),
     (["--methods", "draft-0"], "there is no method draft-0"),
-    (["--methods", "draft-11"], "draft-11 keeps 11 steps of a rollout that has 10"),
-    (["--methods", "draft-4+stitchvm"], "draft-4.stitchvm keeps 4 steps of a rollout that may stop after 2"),
+    (["--methods", "draft-11"], "draft-11 keeps 11 steps of a rollout that may have 10"),
+    (
+        ["--methods", "draft-4+stitchvm"],
+        "draft-4.stitchvm keeps 4 steps of a rollout that may have 2",
+    ),
     (["--reward", "dfn-clip"], "no value model of dfn-clip.*03_finetune.py --reward dfn-clip"),
     (["--reward", "clip+hpsv2", "--value", "one.pt"], "1 files for the 2 rewards"),
-    (["--train-prompts", "nowhere.txt"], "nowhere.txt does not exist"),
-    (["--train-prompts", "tests/mini/data/drawbench.txt", "--eval-limit", "300"], "0 prompts to train on and 200 held out"),
+    (["--train-prompts", "nowhere.txt"], "there is no file of prompts nowhere.txt"),
+    (
+        ["--train-prompts", "tests/mini/data/drawbench.txt", "--eval-limit", "300"],
+        "0 prompts to train on and 200 held out",
+    ),
     (["--eval-limit", "1"], "1 held out"),
     (["--stop", "3", "11"], "--stop 3 11 must lie in order between 1 and --steps 10"),
     (["--batch", "0"], "--batch is 0, which is too small"),
+    (["--steps", "1"], "--steps is 1, which is too small"),
     (["--preset", "24gb"], "--train-prompts FILE and --eval-prompts FILE are needed"),
-    (["--methods", "draft-1", "--resume"], "07_draft.train does not exist; make it with: python 07_draft.py"),
-    (["--reward", "nothing", "--methods", "draft-1"], "there is no nothing")], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+    (["--methods", "draft-1", "--resume"], "draft-1/07_draft.train does not exist"),
+    (["--reward", "nothing", "--methods", "draft-1"], "there is no nothing"),
+]
+
+
+@pytest.mark.parametrize("flags, message", MISUSE, ids=[" ".join(flags) for flags, _ in MISUSE])
 def test_misuse_is_answered_in_one_sentence(run, flags, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as e:
         run(*flags)
     assert "\n" not in str(e.value)
 
 
-def test_another_runs_state_is_refused(run, values, tmp_path):
+def test_another_runs_state_is_refused(run, tmp_path):
     """A table of what is in the file and what was asked for."""
-    running = tmp_path / "out/07_draft.train"
-    running.parent.mkdir()
-    torch.save(dict(format=1, spec=dict(lr=1.0, methods=["draft-1"]), provenance=dict(command="07_draft.py"), data={}), running)
+    running = tmp_path / "out/draft-1/07_draft.train"
+    running.parent.mkdir(parents=True)
+    about = dict(format=1, spec=dict(lr=1.0), provenance=dict(command="07_draft.py"))
+    torch.save(dict(about, data={}), running)
     with pytest.raises(SystemExit, match="(?s)does not fit this run.*lr .*1.0 .*0.0004"):
         run("--methods", "draft-1", "--resume", "--lr", 4e-4)
     running.write_bytes(running.read_bytes()[:400])

@@ -234,7 +234,7 @@ def comparisons(stage):
             "06_large-by-large": (*own, *methods, *large),
             "06_large-by-medium": (*clip, "--methods", "fks+stitchvm", *large),
         }
-        return {name: ("06_fks.py", f) for name, f in flags.items()}
+        return {name: ("06_fks.py", (*f, "--save-images")) for name, f in flags.items()}
     if stage == "draft":
         long = (*clip, "--gflop", 4000, "--eval-limit", 100, "--eval-every", 20, "--save-images")
         others = ("--grid", "even", "--methods", "draft-1", "alignprop", "draft-1+stitchvm")
