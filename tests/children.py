@@ -1,4 +1,8 @@
-"""Stages in processes of their own, forked from one server that has imported the libraries: that takes longer than a short run does."""
+"""Stages in processes of their own, forked from a server that has imported the libraries.
+
+The imports take longer than a short run does.
+"""
+
 import importlib
 import multiprocessing
 import os
@@ -8,7 +12,10 @@ import torch
 
 import common
 
-for library in ("diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3", "matplotlib.pyplot", "open_clip", "peft"):
+SLOW = ("open_clip", "peft", "accelerate", "matplotlib.figure")
+SLOW += ("diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",)
+
+for library in SLOW:
     importlib.import_module(library)
 
 
@@ -24,17 +31,19 @@ def start(stage, *flags, **env):
     """A process that runs a stage."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["children"])
-    process = context.Process(target=run_stage, args=(stage, [str(f) for f in flags], env), daemon=True)
+    flags = [str(f) for f in flags]
+    process = context.Process(target=run_stage, args=(stage, flags, env), daemon=True)
     process.start()
     return process
 
 
 def run_two(stage, *flags):
-    """Two gloo processes in the environment that torchrun and accelerate launch set."""
+    """Two gloo processes in the environment that accelerate launch and torchrun set."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    processes = [start(stage, *flags, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in "01"]
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    processes = [start(stage, *flags, RANK=r, LOCAL_RANK=r, **shared) for r in "01"]
     for process in processes:
         process.join(300)
     assert [p.exitcode for p in processes] == [0, 0]

@@ -1,20 +1,21 @@
-"""Puts the repository root and the miniature's folder on the import path; value models that were never trained."""
+"""Import paths, values that were never trained, and one thread where bits are compared."""
+
 import argparse
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "mini")]
-
 import pytest
 import torch
 
-import common
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(p) for p in (HERE.parent, HERE / "mini", HERE / "published", HERE / "studies")]
+
+import common  # noqa: E402
 
 
 @pytest.fixture
 def one_thread():
-    """As in the processes of children.py: another number of threads changes the last bits of sums."""
+    """As in the processes of children.py: other numbers of threads change the last bits of sums."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,15 +24,22 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def values(tmp_path_factory):
-    """{reward: value.pt}, in the format of 03, its stitch random: what trains is bad, but it runs as a good one does."""
-    folder, backbone = tmp_path_factory.mktemp("values"), common.Backbone("sd3.5-medium")
-    null, files = common.encode_prompts(backbone, [""]), {}
+    """{reward: value.pt} as 03 writes it, its stitch random: it runs as a trained one does."""
+    folder = tmp_path_factory.mktemp("values")
+    backbone = common.Backbone("sd3.5-medium")
+    null = backbone.prompts([""])
+    files = {}
     for name, i in (("clip", 3), ("hpsv2", 2)):
         torch.manual_seed(0)
-        reward, files[name] = common.Reward(name), folder / f"{name}.pt"
-        width = reward.visual.conv1.out_channels
-        value = common.StitchedValue(backbone.transformer, null, reward, common.Stitch(torch.randn(width, 128) / 40, torch.zeros(width), reward.visual.grid_size), i, 1)
-        spec = dict(backbone="sd3.5-medium", reward=name, latent_space=backbone.latent_space(), resolution=64, front="dit", i=i, j=1, embedding="mean",
-                    reward_grid=list(reward.visual.grid_size), antialias=False)
-        common.save_artifact(files[name], "03_finetune", argparse.Namespace(seed=0, preset="mini"), spec, dict(state=value.trained_state(), null=list(null), norm=10.0))
+        reward = common.Reward(name)
+        width, grid = reward.visual.conv1.out_channels, reward.visual.grid_size
+        stitch = common.Stitch(torch.randn(width, 128) / 40, torch.zeros(width), grid)
+        value = common.StitchedValue(backbone.transformer, null, reward, stitch, i, 1)
+        spec = dict(backbone="sd3.5-medium", reward=name, latent_space=backbone.latent_space())
+        spec |= dict(resolution=64, front="dit", i=i, j=1, embedding="mean")
+        spec |= dict(reward_grid=list(grid), antialias=False)
+        data = dict(state=value.trained_state(), null=list(null), norm=10.0)
+        args = argparse.Namespace(seed=0, preset="mini")
+        files[name] = folder / f"{name}.pt"
+        common.save_artifact(files[name], "03_finetune", args, spec, data)
     return files
