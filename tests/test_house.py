@@ -22,7 +22,7 @@ FIRST = ["--preset", "--backbone", "--reward", "--out", "--seed", "--device", "-
 HEAVY = {"diffusers", "open_clip", "transformers", "matplotlib", "peft", "accelerate", "scipy"}
 BEGIN = "# ---- ALGORITHM: copy from here ----"
 END = "# ---- to here ----"
-# lines after ruff format; each commit that set one says which lines a reader would miss below it
+# lines after ruff format; the commit that set one says which lines a reader would miss below it
 LINES = (220, 130, 282, 386, 301, 485, 478, 537)
 BUDGET = dict(zip(STAGES, LINES, strict=True)) | {"common": 1058}
 PYTHON = sorted(p for p in ROOT.rglob("*.py") if not {".venv", "runs"} & set(p.parts))
