@@ -452,9 +452,7 @@ def train(method, run, args):
     for name in POLICIES:
         torch._foreach_copy_([p.data for p in run.lora[name]], state["lora"][name])
     trained, old, average = (run.lora[name] for name in POLICIES)
-    state["lora"] = {
-        name: [p.detach() for p in run.lora[name]] for name in POLICIES
-    }  # as they move
+    state["lora"] = {name: [p.detach() for p in run.lora[name]] for name in POLICIES}  # views
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])

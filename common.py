@@ -739,9 +739,9 @@ def load_prompts(path, limit=None):
     try:
         text = Path(path).read_text()
         rows = [line for line in text.splitlines() if line.strip()]
-        if path.endswith(".jsonl"):
+        if Path(path).suffix == ".jsonl":
             rows = [json.loads(line) for line in rows]
-        elif path.endswith(".json"):
+        elif Path(path).suffix == ".json":
             rows = json.loads(text)
             rows = [a["caption"] for a in rows["annotations"]] if isinstance(rows, dict) else rows
         rows = [

@@ -102,7 +102,7 @@ def read_folder(folder):
     """[(prompt, image files)] of a folder in GenEval's layout."""
     rows = []
     for file in sorted(Path(folder).glob("*/metadata.jsonl")):
-        prompt = common.load_prompts(str(file))[0]["prompt"]
+        prompt = common.load_prompts(file)[0]["prompt"]
         rows.append((prompt, sorted(file.parent.glob("samples/*.png"))))
         if not rows[-1][1]:
             common.fail(f"{file.parent} has no images samples/0000.png, …")
