@@ -18,7 +18,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from functools import cached_property
+import traceback
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from urllib.error import URLError
@@ -88,15 +89,16 @@ def sde_step(z, u, t, t_next, noise, nu=lambda t: 3 * t * t):
     return x.to(z.dtype)
 
 
-def sigma_grid(scheduler, steps, tokens):
-    """The scheduler's own noise levels (steps + 1,), from 1 to 0; tokens: of one image."""
+def sigma_grid(scheduler, steps, tokens, is_flux=False):
+    """The pipeline's own noise levels (steps + 1,), from 1 to 0; tokens: of one image."""
     c = scheduler.config
+    levels = dict(num_inference_steps=steps)
+    if is_flux:  # trap: its pipeline names even levels, SD 3's leaves them to the scheduler
+        levels = dict(sigmas=np.linspace(1, 1 / steps, steps))
     if c.get("use_dynamic_shifting"):
         slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-        mu = c.base_shift + slope * (tokens - c.base_image_seq_len)
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
-    else:
-        scheduler.set_timesteps(steps)
+        levels["mu"] = c.base_shift + slope * (tokens - c.base_image_seq_len)
+    scheduler.set_timesteps(**levels)
     return scheduler.sigmas.float().cpu()
 
 
@@ -198,7 +200,7 @@ def velocity(
     dtype = next(transformer.parameters()).dtype
     guided = cfg != 1 and null is not None
     pairs = [null, condition] if guided and prefix is None else [condition]
-    pairs = [[v.to(dtype).expand(len(z), *v.shape[1:]) for v in pair] for pair in pairs]
+    pairs = [[v.to(z.device, dtype).expand(len(z), *v.shape[1:]) for v in p] for p in pairs]
     states = [begin(transformer, z.to(dtype), sigma, *pair, guidance) for pair in pairs]
     if guided and prefix is not None:
         states = [prefix, run_blocks(transformer, states[0], prefix["i"])]
@@ -212,6 +214,10 @@ def velocity(
     return un + cfg * (uc - un)
 
 
+class Unavailable(SystemExit):
+    """Files that are not on this machine and cannot be fetched, in one sentence."""
+
+
 @contextlib.contextmanager
 def needs(source):
     """Whatever goes wrong while the files of `source` are loaded becomes one sentence."""
@@ -219,13 +225,21 @@ def needs(source):
     try:
         yield
     except Exception as e:
-        fail(explain(source, e))
+        if out_of_memory(e):
+            raise
+        raise explain(source, e) from None
     finally:
         logging.disable(logging.NOTSET)
 
 
+def out_of_memory(error):
+    """Whether this error, or one behind it, is that there is too little memory."""
+    said = "".join(traceback.format_exception(error))
+    return any(s in said for s in ("MemoryError", "DefaultCPUAllocator", "out of memory"))
+
+
 def explain(source, error):
-    """One sentence: why the files of `source` could not be had, and what to do about it."""
+    """The error to stop with: why the files of `source` cannot be had or read, and what to do."""
     from huggingface_hub import errors as hub
 
     chain = [error]
@@ -241,23 +255,29 @@ def explain(source, error):
         f"network ({get} {source}), or pass a folder",
     }
     if any("No space left" in str(c) for c in chain):
-        return f"there is no room on the disk for {source}: free some, or move HF_HOME"
+        remedy = "free some, or move HF_HOME"
+        return SystemExit(f"error: there is no room on the disk for {source}: {remedy}")
     for kinds, remedy in remedies.items():
         if any(isinstance(c, kinds) for c in chain):
-            return f"{source} {remedy}"
-    return f"{source} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
+            return Unavailable(f"error: {source} {remedy}")
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return SystemExit(f"error: {source} cannot be read: {reason}")
 
 
 class Backbone:
-    """A diffusion transformer, its VAE (float32) and scheduler, frozen, each loaded when used."""
+    """A diffusion transformer, its VAE (float32) and scheduler, frozen, each loaded when used.
 
-    def __init__(self, name, preset="mini", device="cpu", dtype=torch.float32):
+    compiles: torch.compile of every block, in place.
+    """
+
+    def __init__(self, name, preset="mini", device="cpu", dtype=torch.float32, compiles=False):
         import diffusers
 
         diffusers.utils.logging.disable_progress_bar()
         self.name = name
         self.device = torch.device(device)
         self.dtype = dtype
+        self.compiles = compiles
         self.source = str(model_folder(name, preset) or HUB.get(name, name))
         with needs(self.source):
             if not Path(self.source).is_dir():  # trap: diffusers would hide the hub's reason
@@ -269,21 +289,45 @@ class Backbone:
             fail(f"{self.source} is no pipeline of SD 3 or FLUX: its index names no transformer")
         self.transformer_class = getattr(diffusers, self.index["transformer"][1])
 
+    @property
+    def is_flux(self):
+        return self.transformer_class.__name__.startswith("Flux")
+
+    @property
+    def cfg(self):
+        """The usual scale of guidance: none for FLUX, which is distilled."""
+        return 1.0 if self.is_flux else 4.5
+
     def load(self, part, dtype):
+        """A part of the pipeline, on the CPU."""
         import diffusers
 
         with needs(self.source):
             cls = getattr(diffusers, self.index[part][1])
             model = cls.from_pretrained(self.source, subfolder=part, dtype=dtype)
-        return model.to(self.device).eval().requires_grad_(False)
+        return model.eval().requires_grad_(False)
+
+    def prefix(self, i=None):
+        """The transformer without what comes after block i, cut before it goes to the device."""
+        transformer = self.load("transformer", self.dtype)
+        if i is not None:
+            keep_blocks(transformer, i)
+        for block in dit_blocks(transformer) if self.compiles else ():
+            block.compile()
+        return transformer.to(self.device)
 
     @cached_property
     def transformer(self):
-        return self.load("transformer", self.dtype)
+        return self.prefix()
 
     @cached_property
     def vae(self):
-        return self.load("vae", torch.float32)
+        return self.load("vae", torch.float32).to(self.device)
+
+    def free(self):
+        """Let go of transformer and VAE, which are loaded again if they are used again."""
+        for part in ("transformer", "vae"):
+            self.__dict__.pop(part, None)
 
     @cached_property
     def scheduler(self):
@@ -300,7 +344,8 @@ class Backbone:
 
     def grid(self, steps, resolution):
         """Noise levels, floats from 1 to 0, for square images of so many pixels a side."""
-        return sigma_grid(self.scheduler, steps, (resolution // 16) ** 2).tolist()
+        tokens = (resolution // 16) ** 2
+        return sigma_grid(self.scheduler, steps, tokens, self.is_flux).tolist()
 
     def latent_shape(self, resolution):
         return self.vae.config.latent_channels, resolution // 8, resolution // 8
@@ -329,33 +374,51 @@ class Backbone:
     def velocity(self, z, sigma, condition, null=None, cfg=1.0, **more):
         return velocity(self.transformer, z, sigma, condition, null, cfg, **more)
 
-    @torch.no_grad()
     def prompts(self, texts, cache=None, batch=32):
-        """(text (N, T, D), pooled (N, P)) by the pipeline's own encoders, loaded and freed here.
+        """(text (N, T, D), pooled (N, P)) by the pipeline's own encoders, on the CPU.
 
-        Call it before the transformer is used. cache: a folder that keeps them for the next run.
+        These are loaded and freed here: call it before the transformer is used. cache: a folder
+        whose file is read as the embeddings are used, and by the next run; SD 3.5 takes 2.7 MB
+        a prompt.
         """
         files = sorted(Path(self.source).glob("text_encoder*/*.safetensors"))
         stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         key = hashlib.sha1(repr((self.source, stamps, self.dtype, list(texts))).encode())
-        path = cache and Path(cache, f"prompts_{key.hexdigest()[:12]}.pt")
-        if path and path.exists():
-            return tuple(v.to(self.device) for v in torch.load(path, weights_only=True))
+        path = cache and Path(cache, f"prompts_{key.hexdigest()[:12]}.bin")
+        if not path:
+            rows = self.encode_prompts(texts, batch)
+        elif not path.exists():
+            with replacing(path) as temporary:
+                rows = self.encode_prompts(texts, batch, temporary)
+        else:
+            size = path.stat().st_size // self.dtype.itemsize
+            rows = torch.from_file(str(path), size=size, dtype=self.dtype).view(len(texts), -1)
+        with needs(self.source):
+            c = self.transformer_class.load_config(self.source, subfolder="transformer")
+        text, pooled = rows.tensor_split([-c["pooled_projection_dim"]], 1)
+        return text.unflatten(1, (-1, c["joint_attention_dim"])), pooled
+
+    @torch.no_grad()
+    def encode_prompts(self, texts, batch, file=None):
+        """Rows (N, T D + P), a prompt's text and pooled embedding; file: they are written there."""
         pipe = self.text_pipeline()
-        flux = self.transformer_class.__name__.startswith("Flux")
-        t5 = pipe.tokenizer_2 if flux else pipe.tokenizer_3 or pipe.tokenizer_2
-        length = min(512 if flux else 256, t5.model_max_length)
+        t5 = pipe.tokenizer_2 if self.is_flux else pipe.tokenizer_3 or pipe.tokenizer_2
+        length = min(512 if self.is_flux else 256, t5.model_max_length)
         options = dict(device=self.device, max_sequence_length=length, prompt_2=None)
-        if not flux:
+        if not self.is_flux:
             options |= dict(prompt_3=None, do_classifier_free_guidance=False)
-        parts = []
+        rows = None
         for k in range(0, len(texts), batch):
             found = pipe.encode_prompt(list(texts[k : k + batch]), **options)
-            parts.append((found[0], found[1 if flux else 2]))  # SD 3 has negative ones between
-        rows = tuple(torch.cat(v) for v in zip(*parts, strict=True))
-        if path:
-            with replacing(path) as temporary:
-                torch.save(tuple(v.cpu() for v in rows), temporary)
+            pooled = found[1 if self.is_flux else 2]  # SD 3 has negative ones between
+            part = torch.cat([found[0].flatten(1), pooled], 1)
+            if rows is None:
+                size = len(texts) * part.shape[1]
+                rows = torch.empty(0 if file else size, dtype=self.dtype)
+                if file:
+                    rows = torch.from_file(str(file), True, size, dtype=self.dtype)
+                rows = rows.view(len(texts), -1)
+            rows[k : k + batch] = part
         return rows
 
     def text_pipeline(self):
@@ -384,11 +447,12 @@ class Backbone:
 class Reward:
     """A frozen CLIP-like reward: <e, text> of unit vectors, or head(e) of the aesthetic predictor.
 
-    name: a world's or a published reward, or an open_clip folder. weights=False leaves a published
-    one with random weights, or none on the meta device.
+    name: a world's or a published reward, or an open_clip folder. dtype: bfloat16 for the tower's
+    matrix products, on float32 weights. weights=False leaves a published one with random weights,
+    or none on the meta device. The text tower stays on the CPU and visits the device in text().
     """
 
-    def __init__(self, name, preset="mini", device="cpu", weights=True):
+    def __init__(self, name, preset="mini", device="cpu", dtype=torch.float32, weights=True):
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -408,19 +472,21 @@ class Reward:
         place = folder or tag.get("hf_hub", "").strip("/") or pretrained[0]
         self.name = name
         self.device = torch.device(device)
+        self.dtype = dtype
         self.head = None
         with needs(str(place)):
             if weights and self.resizes_tensors:
                 from huggingface_hub import hf_hub_download
 
                 pretrained = hf_hub_download(*pretrained)
-            with contextlib.nullcontext() if weights else torch.device(device):
-                self.model = open_clip.create_model(
+            on_meta = self.device.type == "meta"
+            with torch.device("meta") if on_meta else contextlib.nullcontext():
+                model = open_clip.create_model(
                     source,
                     pretrained=pretrained if weights else None,
                     load_weights=weights,
                     require_pretrained=weights,
-                    device=device,
+                    device="meta" if on_meta else "cpu",
                     force_preprocess_cfg=None if folder else looks,
                 )
         if folder and (folder / "aesthetic_head.safetensors").exists():
@@ -428,9 +494,11 @@ class Reward:
         elif folder is None and name == "aesthetic":
             self.head = aesthetic_head(published_head() if weights else None)
         self.head = self.head and self.head.to(device)
-        self.model = self.model.float().eval().requires_grad_(False)  # trap: it comes in train mode
+        model = model.float().eval().requires_grad_(False)  # trap: it comes in train mode
         self.tokenizer = open_clip.get_tokenizer(source)
-        self.visual = self.model.visual
+        self.visual = model.visual.to(device)
+        del model.visual
+        self.text_model = model
         cfg = self.visual.preprocess_cfg
         known = {k: cfg[k] for k in PreprocessCfg.__annotations__ if k in cfg}
         self.preprocess_cfg = PreprocessCfg(**known)
@@ -478,8 +546,10 @@ class Reward:
 
     def embed(self, x):
         """Images of any size -> raw embedding (B, E) and tokens after ln_post (B, N+1, d)."""
-        patches = self.visual.conv1(self.normalise(self.resize(x)))
-        return tail(self.visual, tokens_entering(self.visual, patches), 1)
+        x = self.normalise(self.resize(x))
+        with autocast(self.device, self.dtype):
+            raw, tokens = tail(self.visual, tokens_entering(self.visual, self.visual.conv1(x)), 1)
+        return raw.float(), tokens.float()
 
     @torch.no_grad()
     def text(self, prompts, batch=256):
@@ -487,12 +557,21 @@ class Reward:
         if not self.uses_text:
             return None
         tokens = self.tokenizer(list(prompts)).to(self.device)
-        parts = tokens.split(batch)
-        return torch.cat([self.model.encode_text(part, normalize=True) for part in parts])
+        encode = self.text_model.to(self.device).encode_text
+        found = torch.cat([encode(part, normalize=True) for part in tokens.split(batch)])
+        self.text_model.cpu()
+        return found
 
     def score(self, e, text=None):
         """Scores (B,) of unit or mean embeddings e (B, E), with text (B, E) or (E,)."""
         return (e * text).sum(-1) if self.head is None else self.head(e)[..., 0]
+
+
+def autocast(device, dtype):
+    """Matrix products in bfloat16 on float32 weights, if that is the dtype; meta has none."""
+    if dtype == torch.bfloat16 and device.type != "meta":
+        return torch.autocast(device.type, dtype)
+    return contextlib.nullcontext()
 
 
 def published_head():
@@ -596,7 +675,8 @@ class StitchedValue(nn.Module):
     ):
         super().__init__()
         # shared and frozen: not a submodule, so neither saved nor trained
-        self.__dict__.update(transformer=transformer, score=reward.score)
+        precision = partial(autocast, reward.device, reward.dtype)
+        self.__dict__.update(transformer=transformer, score=reward.score, precision=precision)
         self.null = null
         self.i = i
         self.j = j
@@ -629,12 +709,13 @@ class StitchedValue(nn.Module):
 
     def head(self, features):
         """Features (B, d, h, w) -> embedding (B, E), unit or mean, and tokens (B, N+1, d)."""
-        f = self.stitch(features)
-        if self.j == 1:
-            x = tokens_entering(self.visual, f)
-        else:
-            x = torch.cat([self.cls.expand(len(f), 1, -1), to_tokens(f)], 1)
-        raw, tokens = tail(self.visual, x, self.j)
+        with self.precision():
+            f = self.stitch(features)
+            if self.j == 1:
+                x = tokens_entering(self.visual, f)
+            else:
+                x = torch.cat([self.cls.expand(len(f), 1, -1), to_tokens(f)], 1)
+            raw, tokens = (v.float() for v in tail(self.visual, x, self.j))
         return F.normalize(raw, dim=-1) if self.embedding == "unit" else raw / self.norm, tokens
 
     def embed(self, z, sigma):
@@ -694,45 +775,66 @@ def value_files(args, names):
 
 
 def load_value(path, backbone, reward, **expect):
-    """The StitchedValue of a value.pt for this reward on this backbone's latents; its artefact.
+    """The StitchedValue of a value.pt, and its artefact; see load_values."""
+    values, artifacts = load_values([path], backbone, [reward], **expect)
+    return values[0], artifacts[0]
 
-    Its own front may be another backbone with the same VAE.
+
+def load_values(files, backbone, rewards, resolution=None):
+    """The StitchedValue of each value.pt for its reward on this backbone's latents; the artefacts.
+
+    A front may be another backbone with the same VAE, of which no more is loaded than its blocks.
+    Values on one backbone get one transformer.
     """
-    expect = dict(latent_space=backbone.latent_space(), reward=reward.name, **expect)
-    artifact = load_artifact(path, expect, "03_finetune.py")
+    expect = dict(latent_space=backbone.latent_space())
+    expect |= dict(resolution=resolution) if resolution else {}
+    maker = "03_finetune.py"
+    pairs = zip(files, rewards, strict=True)
+    artifacts = [load_artifact(file, expect | dict(reward=r.name), maker) for file, r in pairs]
+    deepest = {}
+    for artifact in artifacts:
+        spec = artifact["spec"]
+        if spec["front"] == "dit":
+            key = spec["backbone"], artifact["config"]["preset"]
+            deepest[key] = max(spec["i"], deepest.get(key, 0))
+    cut = {}
+    for (name, preset), i in deepest.items():
+        if name == backbone.name:
+            cut[name] = backbone.transformer
+        else:
+            cut[name] = Backbone(name, preset, backbone.device, backbone.dtype).prefix(i)
+    values = []
+    for file, reward, artifact in zip(files, rewards, artifacts, strict=True):
+        transformer = cut.get(artifact["spec"]["backbone"])
+        try:
+            values.append(build_value(artifact, transformer, reward))
+        except RuntimeError as e:
+            fail(f"{file} does not fit {reward.name}, remake it with 03: {str(e).splitlines()[-1]}")
+    return values, artifacts
+
+
+def build_value(artifact, transformer, reward):
+    """The frozen StitchedValue of an artefact of 03 on this transformer, on the reward's device."""
     spec = artifact["spec"]
     data = artifact["data"]
-    front = backbone
-    if spec["backbone"] != backbone.name and spec["front"] == "dit":
-        preset = artifact["config"]["preset"]
-        front = Backbone(spec["backbone"], preset, backbone.device, backbone.dtype)
     state = data["state"]
     linear = state["stitch.F.weight"][:, :, 0, 0], state["stitch.F.bias"]
     stitch = Stitch(*linear, spec["reward_grid"], spec["antialias"])
-    null = [v.to(backbone.device) for v in data["null"]]
+    null = [v.to(reward.device) for v in data["null"]]
     how = {k: spec[k] for k in ("i", "j", "front", "embedding")}
     how |= dict(cls=state.get("cls"), norm=data["norm"])
-    value = StitchedValue(front.transformer, null, reward, stitch, **how)
+    value = StitchedValue(transformer, null, reward, stitch, **how)
     if unknown := value.load_state_dict(state, strict=False).unexpected_keys:
-        fail(f"{path} has weights that {reward.name} lacks, {unknown[0]}: remake it with 03")
-    return value.to(backbone.device).eval().requires_grad_(False), artifact
-
-
-def load_values(files, backbone, rewards, resolution):
-    """The value and the artefact of each reward; values on one backbone get one transformer."""
-    pairs = []
-    shared = {}
-    for file, reward in zip(files, rewards, strict=True):
-        value, artifact = load_value(file, backbone, reward, resolution=resolution)
-        name = artifact["spec"]["backbone"]
-        value.__dict__["transformer"] = shared.setdefault(name, value.transformer)
-        pairs.append((value, artifact))
-    return [v for v, _ in pairs], [a for _, a in pairs]
+        raise RuntimeError(f"unknown weights {unknown[0]}")
+    return value.to(reward.device).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------- prompts and scores
 def load_prompts(path, limit=None):
-    """[{prompt, …}] of a text file, a JSON list, COCO's captions or GenEval's JSON lines."""
+    """[{prompt, …}] of a text file, a JSON list, COCO's captions or GenEval's JSON lines.
+
+    The key is prompt, or text.
+    """
     kinds = "a text file, a JSON list, COCO's captions or GenEval's JSON lines"
     if not path or not Path(path).is_file():
         fail(f"there is no file of prompts {path}: pass {kinds}")
@@ -744,9 +846,8 @@ def load_prompts(path, limit=None):
         elif Path(path).suffix == ".json":
             rows = json.loads(text)
             rows = [a["caption"] for a in rows["annotations"]] if isinstance(rows, dict) else rows
-        rows = [
-            {"prompt": r} if isinstance(r, str) else {**r, "prompt": r["prompt"] + ""} for r in rows
-        ]
+        rows = [{"prompt": r} if isinstance(r, str) else r for r in rows]
+        rows = [{**r, "prompt": r["prompt" if "prompt" in r else "text"] + ""} for r in rows]
         if not rows:
             raise ValueError("empty")
         return rows[:limit]
@@ -779,10 +880,12 @@ def score_images(names, rewards, preset, device, images, prompts, batch=64):
         if len(rewards) == 1 and name in loaded:
             continue  # it is the reward
         try:
-            scorer = loaded.get(name) or Reward(name, preset, device)
-            scores[name] = score_by([scorer], *given)
-        except SystemExit as e:
+            scorer = loaded.get(name) or Reward(name, preset, device, rewards[0].dtype)
+        except Unavailable as e:
             print(f"warning: no column {name}: {str(e).removeprefix('error: ')}")
+            continue
+        scores[name] = score_by([scorer], *given)
+        del scorer  # before the next one is loaded
     return scores
 
 
@@ -859,6 +962,18 @@ def save_training(path, stage, spec, data):
     about = dict(format=FORMAT, spec=spec, provenance=dict(command=f"{stage}.py"))
     with replacing(path) as temporary:
         torch.save(dict(about, data=data), temporary)
+
+
+def once(path, stage, spec, resume, work):
+    """What work() returns, plain data, kept at path; with resume an earlier run's, if it is there.
+
+    spec: the flags that must agree.
+    """
+    if resume and Path(path).exists():
+        return load_artifact(path, spec, f"{stage}.py")["data"]
+    data = work()
+    save_training(path, stage, spec, data)
+    return data
 
 
 def load_artifact(path, expect, maker):
@@ -948,7 +1063,18 @@ def parse_stage(p, presets, argv=None):
         print(f"drawing {world['data']} (once)", flush=True)
         subprocess.run([sys.executable, ROOT / world["maker"], ROOT / world["data"]], check=True)
     torch.manual_seed(args.seed)
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it already
+    sys.excepthook = show_error
     return args
+
+
+def show_error(kind, error, trace):
+    """The hook of uncaught errors: one sentence where memory ran out, else the traceback."""
+    if out_of_memory(error):
+        print(f"error: out of memory, try a smaller --batch ({error})", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def run_folder(preset, backbone, reward):

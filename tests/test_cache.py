@@ -94,7 +94,7 @@ def test_tokens_by_depth_are_what_the_towers_blocks_are_given(reward):
         b.register_forward_pre_hook(lambda block, inputs: given.append(inputs[0]))
         for b in visual.transformer.resblocks
     ]
-    e = reward.model.encode_image(x)
+    e = reward.visual(x)
     for hook in hooks:
         hook.remove()
     found = cache.tokens_by_depth(visual, x, 3)
@@ -421,7 +421,7 @@ def test_the_probe_set_holds_features_of_its_images(whole, reward):
         tokens = cache.tokens_by_depth(reward.visual, x, 4)
         assert_close(probe["reward"][:, k], tokens[:, 0, 1:], rtol=1e-3, atol=1e-3)
         cls.append(tokens[1:, 0, 0])
-        norms.append(reward.model.encode_image(x).norm())
+        norms.append(reward.visual(x).norm())
     assert_close(torch.stack(probe["cls"]), torch.stack(cls).mean(0), rtol=1e-3, atol=1e-3)
     assert probe["embedding_norm"] == pytest.approx(float(torch.stack(norms).mean()), rel=1e-4)
 

@@ -290,13 +290,16 @@ def test_sigma_grid_of_sd3():
 
 
 @pytest.mark.parametrize("tokens, mu", [(1024, 0.63), (4096, 1.15)])
-def test_sigma_grid_of_flux(tokens, mu):
-    """FLUX shifts with the resolution: mu = .63 at 512 pixels, 1.15 at 1024."""
+@pytest.mark.parametrize("is_flux", [True, False])
+def test_sigma_grid_with_dynamic_shift(tokens, mu, is_flux):
+    """It grows with the resolution: mu = .63 at 512 px, 1.15 at 1024. FLUX's pipeline passes even
+    levels; SD 3's passes mu alone, and the scheduler's own levels, from 1 to .001, are shifted."""
     shifts = dict(base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **shifts)
-    s = np.linspace(1, 1 / 28, 28)
+    s = np.linspace(1, 1 / 28 if is_flux else 1 / 1000, 28)
     wanted = [*np.exp(mu) / (np.exp(mu) + 1 / s - 1), 0]
-    np.testing.assert_allclose(common.sigma_grid(scheduler, 28, tokens), wanted, atol=1e-6)
+    found = common.sigma_grid(scheduler, 28, tokens, is_flux)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_generator_depends_on_every_seed():
@@ -394,8 +397,9 @@ def test_reward_is_loaded_as_open_clip_loads_it(reward, clip_folder):
     wanted = model.encode_text(train.tokenise(PROMPTS[::2]), normalize=True)
     assert_close(e, wanted, atol=1e-6, rtol=0)
     assert_close(e.norm(dim=-1), torch.ones(2))
-    assert reward.uses_text and not reward.model.training
-    assert not any(p.requires_grad for p in reward.model.parameters())
+    for tower in (reward.visual, reward.text_model):
+        assert not tower.training and not any(p.requires_grad for p in tower.parameters())
+    assert reward.uses_text
 
 
 def test_aesthetic_head(tmp_path):
@@ -543,7 +547,7 @@ def test_gradient_reaches_z_and_only_what_is_trained(sd3, reward, j):
         unused = name.startswith(tuple(f"visual.{part}" for part in skipped))
         assert p.requires_grad is not unused, name
         assert p.grad is None if unused else p.grad.abs().max() > 0, name
-    assert all(p.grad is None and not p.requires_grad for p in reward.model.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in reward.visual.parameters())
 
 
 @pytest.mark.parametrize("i", [1, 2, 3])

@@ -387,7 +387,7 @@ def chain(sd3, rewards, condition, texts, sigma, cfg, z):
     x = decode(z - sigma.view(-1, 1, 1, 1) * (cfg * uc + (1 - cfg) * un))
     total = 0
     for reward, t in zip(rewards, texts, strict=True):
-        e = reward.model.encode_image(reward.normalise(reward.resize(x)))
+        e = reward.visual(reward.normalise(reward.resize(x)))
         total = total + (F.normalize(e, dim=-1) * t).sum(-1)
     return total
 

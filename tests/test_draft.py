@@ -172,7 +172,7 @@ def setting(base, rewards, kind, depths=(2, 3), checkpointing=False):
         if values:
             sigma = torch.full((2,), t)
             return sum(v(z, sigma, text) for v, text in zip(alone, texts, strict=True))
-        images = [r.model.encode_image(r.normalise(r.resize(decode(z)))) for r in rewards]
+        images = [r.visual(r.normalise(r.resize(decode(z)))) for r in rewards]
         pairs = zip(images, texts, strict=True)
         return sum((F.normalize(e, dim=-1) * text).sum(-1) for e, text in pairs)
 

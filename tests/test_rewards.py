@@ -142,9 +142,9 @@ def build(name, layers):
         torch.manual_seed(0)
         reward = common.Reward(name, "paper", weights=False)
         with torch.no_grad():  # zeros and ones would hide a missing or a doubled term
-            for p in reward.model.parameters():
+            for p in (*reward.visual.parameters(), *reward.text_model.parameters()):
                 p += 0.1 * torch.randn_like(p) if p.ndim == 1 else 0
-        return reward, *authors(name, reward.model.state_dict())
+        return reward, *authors(name, weights_of(reward))
 
 
 @pytest.fixture(scope="module", params=SHAPE)
@@ -202,7 +202,7 @@ def test_towers_have_their_published_shape(name):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(torch.nn.init, "normal_", spy)
         reward = common.Reward(name, "paper", "meta", weights=False)
-    visual, text = reward.visual, reward.model.transformer
+    visual, text = reward.visual, reward.text_model.transformer
     blocks = [*visual.transformer.resblocks, *text.resblocks]
     kinds = {type(b.mlp.gelu).__name__ for b in blocks}
     width, depth = visual.conv1.out_channels, len(visual.transformer.resblocks)
@@ -283,12 +283,18 @@ SMALL = dict(
 )
 
 
+def weights_of(reward):
+    """Those of both towers under open_clip's keys."""
+    image = {f"visual.{k}": v for k, v in reward.visual.state_dict().items()}
+    return image | reward.text_model.state_dict()
+
+
 def small(monkeypatch, name):
     """open_clip's architecture of this reward replaced by a small one; its random weights."""
     source = common.REWARDS[name][0]
     quick = {"quick_gelu": True} if "quickgelu" in source else {}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, source, SMALL | quick)
-    return common.Reward(name, "paper", weights=False).model.state_dict()
+    return weights_of(common.Reward(name, "paper", weights=False))
 
 
 @pytest.mark.parametrize(
@@ -307,7 +313,7 @@ def test_hpsv2_loads_the_version_that_is_asked_for(monkeypatch, tmp_path, name, 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     loaded = common.Reward(name, "24gb")
     assert asked == [("xswu/HPSv2", file)]
-    assert all(torch.equal(v, state[k]) for k, v in loaded.model.state_dict().items())
+    assert all(torch.equal(v, state[k]) for k, v in weights_of(loaded).items())
     del state["visual.proj"]
     torch.save(dict(state_dict=state), tmp_path / file)
     assert "xswu/HPSv2 cannot be read" in refusal(common.Reward, name, "24gb")
@@ -377,7 +383,7 @@ def test_the_hubs_reason_in_one_sentence(monkeypatch, kind):
         return
     wrapped = OSError("Can't load the model")
     wrapped.__context__ = reason
-    assert f"error: {common.explain(FLUX, wrapped)}" == message
+    assert str(common.explain(FLUX, wrapped)) == message
 
 
 def download_offline(config, **kwargs):
@@ -453,6 +459,11 @@ COCO = dict(annotations=[dict(caption="two cats", image_id=3), dict(caption="a d
         ("coco.json", json.dumps(COCO), TWO),
         ("a.jsonl", "\n".join(map(json.dumps, GENEVAL)) + "\n", GENEVAL),
         ("b.jsonl", '"two cats"\n', TWO[:1]),
+        (
+            "c.jsonl",
+            '{"text": "two cats", "id": 3}',
+            [dict(text="two cats", id=3, prompt="two cats")],
+        ),
     ],
 )
 def test_load_prompts(tmp_path, name, text, wanted):
@@ -472,7 +483,7 @@ def test_missing_prompts_are_refused(path):
     [
         ("a.json", '["two cats"'),
         ("a.json", '{"prompts": ["two cats"]}'),
-        ("a.json", '[{"text": "two cats"}]'),
+        ("a.json", '[{"caption": "two cats"}]'),
         ("a.json", "[3]"),
         ("a.json", "[]"),
         ("a.json", "3"),
@@ -555,7 +566,7 @@ def test_cached_prompts_are_not_encoded_again(monkeypatch, text_only, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for other, asked in ((backbone, texts[::-1]), (half, texts)):
         assert "the encoders were loaded" in refusal(other.prompts, asked, cache=tmp_path)
-    assert [p.suffix for p in tmp_path.iterdir()] == [".pt"]
+    assert [p.suffix for p in tmp_path.iterdir()] == [".bin"]
 
 
 # ---------------------------------------------------------------------------- published size

@@ -167,7 +167,7 @@ def main(args):
     captions = [[row[caption] for caption in several] for several in captions]
     steps = args.steps or math.ceil(args.epochs * len(latents) / args.batch)
     run = vars(args) | dict(out=None, device=None, resume=None, stitch=stitch["id"], steps=steps)
-    scale = reward.model.logit_scale.exp().item()
+    scale = reward.text_model.logit_scale.exp().item()
     given = latents, reward.text(texts), captions, scale
     rows = train(args, model, optimizer, *given, run, path.with_suffix(".train"))
     spec = cache["spec"] | {k: getattr(model, k) for k in ("i", "j", "front", "embedding")}
