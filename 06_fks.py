@@ -7,7 +7,8 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, App. C.2, D.2, Algorithm 1, Eq. (9
         step's own velocity), fks+stitchvm (proposals by V; --potential-value: the weights too).
 Reads   value.pt of each reward (03), prompts. Another backbone's value on the same VAE will do
 Writes  out/06_fks.json, 06_scaling.png (reward against GFLOP), 06_grid.png, 06_spread.json (the
-        unit of --lam, measured once), with --save-images 06_images/ in GenEval's layout
+        unit of --lam, measured once), with --save-images 06_images/ in GenEval's layout; while it
+        runs 06_fks.parts/, from which --resume goes on
 Run     python 06_fks.py
         python 06_fks.py --limit 100 --potential-value stitchvm --n 2 4 8 --n-stitchvm 2 4 --m 2 6
         python 06_fks.py --backbone sd3.5-large --value runs/mini/sd3.5-medium_clip/value.pt
@@ -18,6 +19,7 @@ Departs from the paper: lam is in units of the reward's spread; weights are carr
 
 import json
 import math
+import shutil
 from collections import Counter
 from functools import partial
 from itertools import product
@@ -40,6 +42,7 @@ from common import (
     load_values,
     mean_and_error,
     now,
+    once,
     parse_stage,
     print_table,
     save_table,
@@ -76,7 +79,7 @@ def parse_args(argv=None):
     several("--n-stitchvm", type=int, help="particles of fks+stitchvm; None: --n")
     several("--lam", type=float, default=[1.0], help="strength, in units of the reward's spread")
     several("--raw-lam", type=float, help="strength in units of the reward, instead of --lam")
-    add("--potential", choices=("diff", "max", "add"), default="diff", help="see weigh()")
+    add("--potential", choices=("diff", "rt", "max", "add"), default="diff", help="see weigh()")
     several("--potential-value", choices=("tweedie", "stitchvm"), default=["tweedie"])
     several("--proposal", choices=("argmax", "corrected"), default=["argmax"], help="see choose()")
     several("--report", choices=("best", "mean"), default=["best"], help="see select()")
@@ -92,6 +95,8 @@ def parse_args(argv=None):
     several("--scorers", help="rewards that score the images, besides --reward")
     add("--batch", type=int, help="latents at a time")
     add("--save-images", action="store_true", help="write the reported images")
+    add("--resume", action="store_true", help="go on from <out>/06_fks.parts")
+    add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
     return parse_stage(p, PRESETS, argv)
 
 
@@ -160,12 +165,12 @@ def pay(books, gain, debt, divide):
 def weigh(books, v, lam, potential="diff", last=False):
     """Books after the potential of values v (P, N).
 
-    diff: exp(lam (v - the last v)); max: exp(lam max of all so far); add: exp(lam sum of them).
-    last: v is the clean reward and what was paid is divided out, so that a line's factors
-    multiply to exp(lam r(z_0)), exp(lam max) or exp(lam sum).
+    diff: exp(lam (v - the last v)); rt: exp(lam v); max: exp(lam max of all so far); add: exp(lam
+    sum of them). last: v is the clean reward and what was paid is divided out, so that a line's
+    factors multiply to exp(lam r(z_0)), under max to exp(lam max), under add to exp(lam sum).
     """
     old = books["running"]
-    running = {"diff": v, "max": torch.maximum(old, v), "add": old + v}[potential]
+    running = {"diff": v, "rt": v, "max": torch.maximum(old, v), "add": old + v}[potential]
     books = pay(books, lam * running, lam * running, last or potential == "diff")
     return dict(books, running=torch.where(v.isfinite(), running, old))
 
@@ -195,7 +200,8 @@ def select(r, books, u, report="best"):
 def steer(z, grid, denoise, noise, uniform, score, value, lam, fk_steps, propose, M, rules):
     """z_0 of N particles for each of P prompts, and their books before the clean reward.
 
-    z (P, N, C, h, w) at grid[0], noise(k, M) (P, N, M, C, h, w), uniform(k) (2, P, N) in step k.
+    z (P, N, C, h, w) at grid[0]; of step k, on z's device, noise(k, M) (P, N, M, C, h, w) and
+    uniform(k) (2, P, N). Nothing here waits for the device.
     denoise(z (B, C, h, w), t, prefix) -> velocity; score(z_0) -> rewards (B,); value(z, t) -> V
     (B,) and the prefix state that the next denoise may resume, or None.
     After fk_steps, which count from 1, particles are weighed and resampled; the first `propose`
@@ -207,16 +213,16 @@ def steer(z, grid, denoise, noise, uniform, score, value, lam, fk_steps, propose
     prefix = None
     for k, (t, s) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
         u = denoise(z.flatten(0, 1), t, prefix)
-        draw, choice = uniform(k).to(z.device)
+        draw, choice = uniform(k)
         proposes = k < propose and M > 1 and s > 0
         pays = proposes and rules["proposal"] == "corrected"
         # under diff it pays V in full: another value at the same step would divide that out
         paid_up = pays and rules["potential"] == "diff"
         by = rules["by"] if k + 1 in fk_steps and not paid_up else None
         if by == "tweedie":
-            v = score(tweedie(z.flatten(0, 1), u, z.new_tensor([t])))
+            v = score(tweedie(z.flatten(0, 1), u, z.new_full((1,), t)))
             books = weigh(books, v.view(shape[:2]), lam, rules["potential"])
-        noises = noise(k, M if proposes else 1).to(z.device)
+        noises = noise(k, M if proposes else 1)
         z = sde_step(z[:, :, None], u.reshape(shape)[:, :, None], t, s, noises).flatten(0, 2)
         prefix = None
         if proposes or by == "stitchvm":
@@ -248,51 +254,62 @@ class Models:
     def __init__(self, args, texts):
         names = args.reward.split("+")
         files = value_files(args, names) if "fks+stitchvm" in args.methods else []
-        which = args.backbone, args.preset, args.device, getattr(torch, args.dtype)
-        self.backbone = Backbone(*which)
-        complete(args, self.backbone.transformer_class.__name__.startswith("Flux"))
-        self.rewards = [Reward(name, args.preset, args.device) for name in names]
-        self.condition = self.backbone.prompts(texts, cache=args.out)
-        self.null = self.backbone.prompts([""])
-        self.texts = [reward.text(texts) for reward in self.rewards]
+        which = args.preset, args.device, getattr(torch, args.dtype)
+        self.backbone = Backbone(args.backbone, *which, args.compile)
+        complete(args, self.backbone)
+        self.embedded = self.backbone.prompts(texts, cache=args.out)  # before the rest is loaded
+        null = self.backbone.prompts([""], cache=args.out)
+        self.null = [v.to(self.backbone.device) for v in null]
+        self.rewards = [Reward(name, *which) for name in names]
+        self.read = [reward.text(texts) for reward in self.rewards]
         given = self.backbone, self.rewards[: len(files)], args.resolution
         self.values, self.parents = load_values(files, *given)
         self.shares = shares_prefix(self.values, self.backbone, self.null, args.cfg)
+        free = ("out", "device", "value", "scorers", "save_images", "resume")
+        self.spec = {k: v for k, v in vars(args).items() if k not in free}  # of a file of a part
+        self.spec |= dict(
+            texts=generator(texts).initial_seed(), values=[a["id"] for a in self.parents]
+        )
         self.cfg = args.cfg
         self.batch = args.batch
         self.rows = Counter()
         self.gflop = {}
 
+    def take(self, prompts):
+        """Go over to these prompts, numbers: their embeddings go to the device, once for all."""
+        self.prompts = torch.arange(len(prompts), device=self.backbone.device)
+        self.condition = [v[prompts].to(self.backbone.device) for v in self.embedded]
+        self.texts = [t if t is None else t[prompts] for t in self.read]
+
     def run(self, call, z, t=0.0, state=None):
-        """What call(z, sigma, prompts, state) gives for z (B, C, h, w), `batch` rows at a time.
+        """What call(z, sigma, prompts, **state) gives for z (B, C, h, w), `batch` rows at a time.
 
         B is a multiple of the number of self.prompts, whose rows follow each other.
         """
         prompts = self.prompts.repeat_interleave(len(z) // len(self.prompts))
         sigma = torch.full((len(z),), t, device=z.device)
-        cuts = [slice(1)] + [slice(k, k + self.batch) for k in range(0, len(z), self.batch)]
-        given = z, sigma, prompts
-        states = [state and state_index(state, c) for c in cuts]
-        parts = [(*(x[c] for x in given), s) for c, s in zip(cuts, states, strict=True)]
+        rows = dict(state or {}, z=z, sigma=sigma, prompts=prompts)
         kind = f"resumed {call.__name__}" if state else call.__name__
         if kind not in self.gflop:
-            self.gflop[kind] = gflop(partial(call, *parts[0]))
+            self.gflop[kind] = gflop(partial(call, **state_index(rows, slice(1))))
         self.rows[kind] += len(z)
-        found = zip(*(call(*part) for part in parts[1:]), strict=True)
+        cuts = [slice(k, k + self.batch) for k in range(0, len(z), self.batch)]
+        found = zip(*(call(**state_index(rows, c)) for c in cuts), strict=True)
         return [torch.cat(x) if torch.is_tensor(x[0]) else x[0] and state_cat(x) for x in found]
 
-    def velocity(self, z, sigma, prompts, state):
+    def velocity(self, z, sigma, prompts, **state):
         condition = [v[prompts] for v in self.condition]
-        return (self.backbone.velocity(z, sigma, condition, self.null, self.cfg, prefix=state),)
+        u = self.backbone.velocity(z, sigma, condition, self.null, self.cfg, prefix=state or None)
+        return (u,)
 
-    def joint(self, z, sigma, prompts, state):
+    def joint(self, z, sigma, prompts):
         texts = [t if t is None else t[prompts] for t in self.texts]
         v, states = joint_value(self.values, z, sigma, texts)
         return v, states[id(self.backbone.transformer)] if self.shares else None
 
-    def clean(self, z0, sigma, prompts, state):
+    def clean(self, z, sigma, prompts):
         texts = [t if t is None else t[prompts] for t in self.texts]
-        images = self.backbone.decode(z0)
+        images = self.backbone.decode(z)
         return images, clean_reward(self.rewards, texts, images)
 
     def denoise(self, z, t, prefix):
@@ -305,24 +322,31 @@ class Models:
         return self.run(self.clean, z0)[1]
 
 
-def draw_noise(seed, prompts, N, shape, k, M=1):
+def send(x, device):
+    """x on the device, without waiting for what it was given before."""
+    if device.type == "cuda":
+        x = x.pin_memory()  # trap: a copy of other memory waits, non_blocking or not
+    return x.to(device, non_blocking=True)
+
+
+def draw_noise(seed, prompts, N, shape, device, k, M=1):
     """(P, N, M, C, h, w), by prompt, particle and step: the same for every method, N, M, batch."""
     seeds = [(seed, "noise", p, n, k) for p, n in product(prompts, range(N))]
     draws = [torch.randn(M, *shape, generator=generator(*s)) for s in seeds]
-    return torch.stack(draws).unflatten(0, (-1, N))
+    return send(torch.stack(draws).unflatten(0, (-1, N)), device)
 
 
-def draw_uniforms(seed, prompts, N, k):
+def draw_uniforms(seed, prompts, N, device, k):
     """(2, P, N), likewise."""
     draws = [torch.rand(N, 2, generator=generator(seed, "uniform", p, k)).T for p in prompts]
-    return torch.stack(draws, 1)
+    return send(torch.stack(draws, 1), device)
 
 
-def complete(args, flux):
+def complete(args, backbone):
     """Fill in what depends on the backbone and on --steps; refuse what cannot be run."""
-    steps = args.steps if args.steps is not None else 28 if flux else 40
+    steps = args.steps if args.steps is not None else 28 if backbone.is_flux else 40
     start, end = (max(1, round(share * steps)) for share in (0.2, 0.8))
-    defaults = dict(steps=steps, cfg=1.0 if flux else 4.5, fk_start=start, fk_end=end)
+    defaults = dict(steps=steps, cfg=backbone.cfg, fk_start=start, fk_end=end)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
     counts = ("n", "m", "n_stitchvm", "steps", "fk_every", "batch", "limit")
     ranges = dict.fromkeys(counts, (1, math.inf)) | dict(spread_samples=(2, math.inf))
@@ -330,10 +354,10 @@ def complete(args, flux):
     ranges |= dict(fk_end=(1, args.steps), fk_start=(1, args.fk_end))
     for name, (low, high) in ranges.items():
         given = getattr(args, name)
-        for x in given if isinstance(given, list) else [given]:
-            if x is not None and not low <= x <= high:
-                flag = name.replace("_", "-")
-                fail(f"--{flag} is {given}: it must lie between {low} and {high}")
+        numbers = given if isinstance(given, list) else [given]
+        if not all(x is None or low <= x <= high for x in numbers):
+            flag = name.replace("_", "-")
+            fail(f"--{flag} is {given}: it must lie between {low} and {high}")
 
 
 def plan(args):
@@ -360,49 +384,72 @@ def settings(run, args):
 def label(run, args):
     """A name for a run but for its N: one curve. What does not vary is not in it."""
     choices = dict(proposal=args.proposal, by=args.potential_value, lam=args.raw_lam or args.lam)
-    used = {"fks": ["lam"], "fks+stitchvm": choices}.get(run["method"], [])
-    many = [f"M={run['M']}"] * (run["method"] == "fks+stitchvm")
-    return " ".join([run["method"], *many, *(f"{k}={run[k]}" for k in used if len(choices[k]) > 1)])
+    used = {"fks": ["lam"], "fks+stitchvm": ["M", *choices]}.get(run["method"], [])
+    shown = [f"{k}={run[k]}" for k in used if k == "M" or len(choices[k]) > 1]
+    return " ".join([run["method"], *shown])
+
+
+def sample(models, args, run, lam, seed, prompts):
+    """What one run makes of some prompts, on the CPU: books after the clean reward r (P, N).
+
+    reports: for each its images, uint8 (P, R, 3, H, W), and their mean reward (P,); seconds of a
+    prompt; rows and gflop as counted.
+    """
+    backbone = models.backbone
+    began = now(backbone.device)
+    models.take(prompts)
+    models.rows.clear()
+    given = seed, prompts, run["N"]
+    shape = backbone.latent_shape(args.resolution)
+    noise = partial(draw_noise, *given, shape, backbone.device)
+    uniform = partial(draw_uniforms, *given, backbone.device)
+    calls = models.denoise, noise, uniform, models.score, models.value
+    grid = backbone.grid(args.steps, args.resolution)
+    z, books = steer(noise("start")[:, :, 0], grid, *calls, lam, **settings(run, args))
+    images, r = models.run(models.clean, z.flatten(0, 1))
+    books["r"] = r.view(z.shape[:2])
+    books = weigh(books, books["r"], lam, args.potential, last=True)
+    found = {k: v.cpu() for k, v in books.items()}
+    images = (images.nan_to_num() * 255).round().byte().cpu().unflatten(0, z.shape[:2])
+    found["reports"] = {}
+    for report in args.report if run["method"].startswith("fks") else ["best"]:
+        index = select(found["r"], found, uniform("report")[0].cpu(), report)
+        chosen = images[torch.arange(len(index))[:, None], index]
+        found["reports"][report] = (chosen, found["r"].gather(1, index).mean(1))
+    found["seconds"] = (now(backbone.device) - began) / len(prompts)
+    return found | dict(rows=dict(models.rows), gflop=dict(models.gflop))
 
 
 def perform(models, args, run, lam, seed, n):
-    """One run on the first n prompts: its row of the table but for scores; its last books.
+    """One run on the first n prompts, `batch` particles at a time, each part kept in a file.
 
-    These with r (n, N), images uint8 (n, N, 3, H, W) and uniforms u (n, N), all on the CPU.
+    Its row of the table but for reports and scores; r (n, N); {report: (images, rewards)}.
     """
-    backbone = models.backbone
-    shape = backbone.latent_shape(args.resolution)
-    grid = backbone.grid(args.steps, args.resolution)
-    models.rows.clear()
+    name = f"{label(run, args)} N={run['N']}".replace(" ", "_")
     parts = []
-    seconds = []
-    for part in torch.arange(n).split(max(1, args.batch // run["N"])):
-        began = now(backbone.device)
-        models.prompts = part.to(backbone.device)
-        noise = partial(draw_noise, seed, part.tolist(), run["N"], shape)
-        uniform = partial(draw_uniforms, seed, part.tolist(), run["N"])
-        z = noise("start")[:, :, 0].to(backbone.device)
-        calls = models.denoise, noise, uniform, models.score, models.value
-        z, books = steer(z, grid, *calls, lam, **settings(run, args))
-        images, r = models.run(models.clean, z.flatten(0, 1))
-        found = dict(r=r, images=(images.nan_to_num() * 255).round().byte())
-        found = {k: v.unflatten(0, z.shape[:2]) for k, v in found.items()}
-        found |= weigh(books, found["r"], lam, args.potential, last=True)
-        parts.append({k: v.cpu() for k, v in found.items()} | dict(u=uniform("report")[0]))
-        seconds.append((now(backbone.device) - began) / len(part))
-    found = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    for k, prompts in enumerate(torch.arange(n).split(max(1, args.batch // run["N"]))):
+        path = Path(args.out, "06_fks.parts", f"{name}_{k}.pt")
+        work = partial(sample, models, args, run, lam, seed, prompts.tolist())
+        parts.append(once(path, "06_fks", models.spec, args.resume, work))
+        models.gflop |= parts[-1]["gflop"]
     row = dict(method=run["method"], n_particles=run["N"], m_proposals=run["M"], n=n)
-    row["s_per_prompt"], row["s_spread"] = timing(seconds)
-    rows = {k: rows // n for k, rows in models.rows.items()}
+    row["s_per_prompt"], row["s_spread"] = timing([p["seconds"] for p in parts])
+    rows = sum((Counter(p["rows"]) for p in parts), Counter())
+    rows = {k: rows[k] // n for k in rows}
     denoised = sum(rows[k] for k in rows if "velocity" in k)
     row["denoiser_calls"] = denoised if args.cfg == 1 else 2 * denoised
     row["gflop_per_prompt"] = sum(rows[k] * models.gflop[k] for k in rows)
-    row["killed"] = int(found["killed"].sum())
-    row["ancestors"] = sum(len(set(line)) for line in found["origin"].tolist()) / n
+    r, killed, origin, ess = (
+        torch.cat([p[k] for p in parts]) for k in ("r", "killed", "origin", "ess")
+    )
+    row["killed"] = int(killed.sum())
+    row["ancestors"] = sum(len(set(line)) for line in origin.tolist()) / n
     if run["method"].startswith("fks"):
         row |= dict(proposal=run["proposal"] if run["M"] > 1 else None, potential_value=run["by"])
-        row["ess"] = float(found["ess"].mean()) / len(settings(run, args)["fk_steps"])
-    return row, found
+        row["ess"] = float(ess.mean()) / len(settings(run, args)["fk_steps"])
+        row |= {"lambda": None if args.raw_lam else run["lam"], "lambda_raw": lam}
+    pairs = {k: zip(*(p["reports"][k] for p in parts), strict=True) for k in parts[0]["reports"]}
+    return row, r, {k: [torch.cat(x) for x in pair] for k, pair in pairs.items()}
 
 
 def reward_spread(models, args, texts):
@@ -416,9 +463,9 @@ def reward_spread(models, args, texts):
     found = json.loads(path.read_text()) if path.exists() else {}
     if found.get("about") == about:
         return found["spread"]
-    run = dict(method="bon", N=args.spread_samples, M=1, proposal="argmax", by="tweedie")
-    _, found = perform(models, args, run, 0.0, (args.seed, "spread"), len(about["prompts"]))
-    spread = float(found["r"].double().var(1).mean().sqrt())
+    run = dict(method="spread", N=args.spread_samples, M=1, proposal="argmax", by="tweedie")
+    _, r, _ = perform(models, args, run, 0.0, (args.seed, "spread"), len(about["prompts"]))
+    spread = float(r.double().var(1).mean().sqrt())
     if not spread > 0:
         fail(f"{args.reward} does not vary among plain samples ({spread}): pass --raw-lam")
     save_table(args, "06_spread", [], spread=spread, about=about)
@@ -445,26 +492,27 @@ def main(args):
     prompts = load_prompts(args.prompts, args.limit)
     texts = [row["prompt"] for row in prompts]
     models = Models(args, texts)
+    parts = Path(args.out, "06_fks.parts")
+    if not args.resume:
+        shutil.rmtree(parts, ignore_errors=True)
     spread = reward_spread(models, args, texts) if args.raw_lam is None else None
     rows = []
     images = []
     rewards = []
     for run in tqdm(plan(args), desc="runs"):
         lam = run["lam"] / (spread or 1)
-        row, found = perform(models, args, run, lam, args.seed, len(texts))
-        steers = run["method"].startswith("fks")
-        if steers:
-            row |= {"lambda": spread and run["lam"], "lambda_raw": lam}
-        for report in args.report if steers else ["best"]:
-            index = select(found["r"], found, found["u"], report)
-            images.append(torch.stack([x[i] for x, i in zip(found["images"], index, strict=True)]))
-            rewards.append(found["r"].gather(1, index).mean(1))
+        row, _, reports = perform(models, args, run, lam, args.seed, len(texts))
+        for report, (pictures, r) in reports.items():
             curve = label(run, args) + f" {report}" * (len(args.report) > 1)
             rows.append(row | dict(report=report, curve=curve))
+            images.append(pictures)
+            rewards.append(r)
             if args.save_images:
                 name = f"{label(run, args)} N={run['N']} {report}".replace(" ", "_")
                 rows[-1]["images"] = f"06_images/{name}"
-                write_images(Path(args.out, rows[-1]["images"]), prompts, images[-1])
+                write_images(Path(args.out, rows[-1]["images"]), prompts, pictures)
+    models.backbone.free()  # before scorers are loaded
+    models.values.clear()
     scores = add_scores(rows, images, rewards, models, args, texts)
     keys = "method n_particles m_proposals lambda proposal potential_value report reward reward_se"
     costs = "n s_per_prompt s_spread denoiser_calls gflop_per_prompt ess ancestors killed"
@@ -479,6 +527,7 @@ def main(args):
     draw_lines(rows, "gflop_per_prompt", scores, "curve", Path(args.out, "06_scaling.png"))
     largest = {row["curve"]: x[:6, 0] for row, x in zip(rows, images, strict=True)}  # the last N
     image_grid([*largest.values()], [*largest], texts[:6], Path(args.out, "06_grid.png"))
+    shutil.rmtree(parts)
 
 
 if __name__ == "__main__":

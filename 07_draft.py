@@ -9,7 +9,8 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.3, Table 3, App. D.3, Eqs. (63), (64)
         decoder and the reward, or through V, which reads a copy of its blocks without the LoRA.
 Reads   value.pt (03) of each reward; prompts to train on, held-out prompts to report on
 Writes  out/07_draft.json, out/07_curves.png, out/07_grid.png; out/<method>/: the averaged LoRA,
-        pytorch_lora_weights.safetensors, and 07_draft.train, where --resume goes on
+        pytorch_lora_weights.safetensors for diffusers, adapter_config.json and
+        adapter_model.safetensors for peft, and 07_draft.train, where --resume goes on
 Run     python 07_draft.py
         python 07_draft.py --methods draft-1 draft-1+stitchvm --grid even --gflop 4000
         accelerate launch 07_draft.py --preset paper --train-prompts FILE --eval-prompts FILE
@@ -20,15 +21,18 @@ Departs from the paper: [3, 7] are nodes of the grid, one drawn for each micro-b
 
 import argparse
 import copy
+import json
 import math
 import re
 import warnings
+from datetime import timedelta
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -61,16 +65,16 @@ from common import (
 POLICIES = ("default", "average")  # adapters: trained; evaluated and written
 METHODS = ("draft-1", "draft-3", "alignprop", "draft-1+stitchvm", "draft-3+stitchvm")
 # flags that --resume may change
-FREE = ("out", "device", "methods", "value", "updates", "gflop", "scorers", "save_images", "resume")
+FREE = ("out", "device", "methods", "value", "updates", "gflop", "scorers", "save_images")
+FREE += ("resume", "compile")
 MINI = dict(resolution=64, shift=1.0, methods=["draft-3", "draft-3+stitchvm"], batch=16)
 MINI |= dict(lr=5e-4, regularise=0.03, ema=0.9, gflop=2500)
 MINI |= dict(eval_limit=200, eval_every=32, eval_steps=20)
 MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
-MINI |= dict(train_prompts="tests/mini/data/train_captions.json")
+MINI |= dict(train_prompts="tests/mini/data/train_captions.json", train_limit=2000)
 MINI |= dict(eval_prompts="tests/mini/data/drawbench.txt")
-PAPER = dict(resolution=512, updates=500, batch=8, accumulate=16)
-PRESETS = {"mini": MINI, "24gb": PAPER | dict(batch=1, accumulate=64, checkpointing=True)}
-PRESETS["paper"] = PAPER
+PAPER = dict(resolution=512, updates=500, batch=8, accumulate=16, checkpointing=True)
+PRESETS = {"mini": MINI, "24gb": PAPER | dict(batch=1, accumulate=64), "paper": PAPER}
 
 
 def parse_args(argv=None):
@@ -79,7 +83,7 @@ def parse_args(argv=None):
     add("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help="or another K")
     add("--value", nargs="+", metavar="FILE", help="value models, one for each reward of the sum")
     add("--train-prompts", help="text, JSON list, COCO's captions or GenEval's JSON lines")
-    add("--train-limit", type=int, default=2000, help="use this many of them at most")
+    add("--train-limit", type=int, help="of them, at most; SD 3.5: 2.7 MB each on the disk")
     add("--eval-prompts", help="held-out prompts; those among --train-prompts are not trained on")
     add("--eval-limit", type=int, help="use this many of them at most")
     add("--eval-every", type=int, default=50, help="updates between evaluations")
@@ -98,10 +102,11 @@ def parse_args(argv=None):
     add("--lr", type=float, default=5e-5, help="of AdamW, without weight decay")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--ema", type=float, default=0.99, help="decay of the average that is evaluated")
-    add("--batch", type=int, default=16, help="prompts of a micro-batch, of each process")
-    add("--accumulate", type=int, default=1, help="micro-batches of an update")
+    add("--batch", type=int, default=16, help="prompts of a micro-batch")
+    add("--accumulate", type=int, default=1, help="micro-batches of an update, of all processes")
     switch = argparse.BooleanOptionalAction
     add("--checkpointing", action=switch, default=False, help="less memory, a forward pass more")
+    add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
     add("--resume", action="store_true", help="go on from <out>/<method>/07_draft.train")
     return parse_stage(p, PRESETS, argv)
 
@@ -182,18 +187,18 @@ def step_functions(backbone, rewards, values, condition, texts, checkpointing=Fa
 
 def own_prefixes(values):
     """Let values read a copy that gets no LoRA, of the same weights. Call it before add_lora."""
-    read = {v.transformer for v in values}
-    memo = {id(x): x for t in read for x in (*t.parameters(), *t.buffers())}
+    memo = {}
     for v in values:
+        memo |= {id(x): x for x in (*v.transformer.parameters(), *v.transformer.buffers())}
         v.__dict__["transformer"] = copy.deepcopy(v.transformer, memo)  # one copy for all
 
 
 def add_lora(transformer, rank, alpha, name="default"):
-    """The float32 parameters of a new LoRA, 0 at first, on all attention projections (D.3)."""
+    """The float32 parameters of a new LoRA, 0 at first, on all joint attention's projections."""
     from peft import LoraConfig
 
     warnings.filterwarnings("ignore", "Already found a .peft_config")  # the one before is meant
-    targets = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     start = dict(init_lora_weights="gaussian", target_modules=targets)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, **start), name)
     added = [p for n, p in transformer.named_parameters() if f".{name}." in n]
@@ -203,7 +208,7 @@ def add_lora(transformer, rank, alpha, name="default"):
 
 
 def save_lora(backbone, folder, name):
-    """<folder>/pytorch_lora_weights.safetensors, which pipe.load_lora_weights(folder) reads."""
+    """What pipe.load_lora_weights(folder) reads, and PeftModel.from_pretrained(model, folder)."""
     import diffusers
     from peft.utils import get_peft_model_state_dict
 
@@ -214,20 +219,26 @@ def save_lora(backbone, folder, name):
     data = dict(transformer_lora_layers=layers, transformer_lora_adapter_metadata=about)
     with replacing(Path(folder, "pytorch_lora_weights.safetensors")) as temporary:
         pipeline.save_lora_weights(folder, weight_name=temporary.name, **data)
+    with replacing(Path(folder, "adapter_model.safetensors")) as temporary:
+        save_file({f"base_model.model.{k}": v for k, v in layers.items()}, temporary)
+    with replacing(Path(folder, "adapter_config.json")) as temporary:
+        temporary.write_text(json.dumps(about))
 
 
 @torch.no_grad()
 def evaluate(backbone, condition, noise, grid, batch):
     """uint8 images (N, 3, H, W) of noise (N, C, h, w), by the ODE without guidance."""
     images = []
+    finite = True
     for rows in torch.arange(len(noise)).split(batch):
         z, *part = (v[rows].to(backbone.device) for v in (noise, *condition))
         for t, t_next in pairwise(grid):
             sigma = torch.full((len(z),), t, device=z.device)
             z = z + (t_next - t) * backbone.velocity(z, sigma, part)
-        if not z.isfinite().all():
-            fail("samples became NaN or infinite: start again with a lower --lr")
-        images.append((backbone.decode(z) * 255).round().to(torch.uint8).cpu())
+        finite = z.isfinite().all() & finite
+        images.append((backbone.decode(z) * 255).round().to(torch.uint8))
+    if not finite:
+        fail("samples became NaN or infinite: start again with a lower --lr")
     return torch.cat(images)
 
 
@@ -282,13 +293,17 @@ def check(args):
 def load(args, methods, accelerator):
     """What all methods use."""
     pool, held_out = split_prompts(args)
-    least = max(2, accelerator.num_processes)
+    processes = accelerator.num_processes
+    if args.accumulate % processes:
+        fail(f"--accumulate {args.accumulate} cannot be shared out to {processes} processes")
+    least = max(2, processes)
     if not pool or len(held_out) < least:
         found = f"{len(pool)} prompts to train on and {len(held_out)} held out"
         fail(f"{found}: at least 1 and {least} are needed")
     names = args.reward.split("+")
     files = value_files(args, names) if any(m["stops"] for m in methods.values()) else []
-    backbone = Backbone(args.backbone, args.preset, args.device, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    backbone = Backbone(args.backbone, args.preset, args.device, dtype, args.compile)
     if args.shift is not None:
         backbone.set_shift(args.shift)
     run = SimpleNamespace(accelerator=accelerator, backbone=backbone, device=backbone.device)
@@ -296,13 +311,16 @@ def load(args, methods, accelerator):
     run.pool = len(pool)
     run.held_out = held_out
     texts = [*pool, *(r["prompt"] for r in held_out)]
-    folder = args.out if accelerator.is_main_process else None
-    run.condition = [v.cpu() for v in backbone.prompts(texts, folder)]
-    run.rewards = [Reward(name, args.preset, args.device) for name in names]
-    run.texts = [reward.text(pool) for reward in run.rewards]
+    with accelerator.main_process_first():  # the others read its file
+        run.condition = backbone.prompts(texts, args.out)
+    run.rewards = [Reward(name, args.preset, args.device, dtype) for name in names]
+    texts = [reward.text(pool) for reward in run.rewards]
+    run.texts = [t if t is None else t.cpu() for t in texts]
     read = run.rewards[: len(files)]  # whole rollouts need no value
     run.values, artifacts = load_values(files, backbone, read, args.resolution)
     own_prefixes(run.values)
+    if args.checkpointing:
+        backbone.vae.enable_gradient_checkpointing()
     torch.manual_seed(args.seed)
     run.lora = {n: add_lora(backbone.transformer, args.rank, args.alpha, n) for n in POLICIES}
     backbone.transformer.set_adapter("default")  # only the last one added would be trained
@@ -310,11 +328,12 @@ def load(args, methods, accelerator):
     run.shape = backbone.latent_shape(args.resolution)
     run.grid = noise_levels(backbone, args)
     run.spec = {k: v for k, v in vars(args).items() if k not in FREE}
-    run.spec |= dict(processes=accelerator.num_processes)
     run.about = [dict(stage=a["stage"], id=a["id"]) for a in artifacts]
     start = dict(update=0, seconds=0.0, gflop=0.0, points=[])
-    size = f"{args.batch} prompts x {args.accumulate} micro-batches x {accelerator.num_processes}"
-    accelerator.print(f"an update: {size} processes; {len(pool)} prompts to train on")
+    size = (
+        f"{args.batch} prompts x {args.accumulate} micro-batches, shared by {processes} processes"
+    )
+    accelerator.print(f"an update: {size}; {len(pool)} prompts to train on")
     run.base = cache(partial(report, run, args, start, args.methods[0]))  # one for all methods
     return run
 
@@ -322,7 +341,7 @@ def load(args, methods, accelerator):
 def chosen(run, method, rows):
     """The step functions of a method for these training prompts."""
     condition = [v[rows].to(run.device) for v in run.condition]
-    texts = [t if t is None else t[rows] for t in run.texts]
+    texts = [t if t is None else t[rows].to(run.device) for t in run.texts]
     values = run.values if run.methods[method]["stops"] else []
     checkpointing = run.methods[method]["checkpointing"]
     return step_functions(run.backbone, run.rewards, values, condition, texts, checkpointing)
@@ -339,26 +358,23 @@ def costs(run, args, method, keep):
 
 def gradient(run, args, method, update):
     """Leave an update's gradient in p.grad; its rollouts' (stop, keep); loss, score, distance."""
-    world = run.accelerator.num_processes
-    draw = generator(args.seed, "update", update)
-    # every process draws the whole batch and takes its share: the same data as in one
-    ids = torch.arange(args.accumulate * world * args.batch)
-    prompts = torch.randint(run.pool, ids.shape, generator=draw)
-    noise = torch.randn(*ids.shape, *run.shape, generator=draw)
-    law = run.methods[method]["keep"], run.methods[method]["stops"], args.steps, draw
-    drawn = [draw_rollout(*law) for _ in range(args.accumulate)]
-    shares = ids.view(args.accumulate, world, args.batch)[:, run.accelerator.process_index]
+    law = run.methods[method]["keep"], run.methods[method]["stops"], args.steps
+    drawn = []
     sums = torch.zeros(3, device=run.device)
-    for share, pair in zip(shares, drawn, strict=True):
-        functions = chosen(run, method, prompts[share])
-        z = noise[share].to(run.device)
-        parts = torch.stack(draft_loss(*functions, z, run.grid, *pair, args.regularise))
-        parts = parts / args.accumulate
+    for k in range(args.accumulate):
+        draw = generator(args.seed, "update", update, k)
+        drawn.append(draw_rollout(*law, draw))
+        if k % run.accelerator.num_processes != run.accelerator.process_index:
+            continue  # another's
+        prompts = torch.randint(run.pool, (args.batch,), generator=draw)
+        z = torch.randn(args.batch, *run.shape, generator=draw).to(run.device)
+        given = z, run.grid, *drawn[-1], args.regularise
+        parts = torch.stack(draft_loss(*chosen(run, method, prompts), *given)) / args.accumulate
         parts[0].backward()
         sums += parts.detach()
     for p in run.lora["default"]:
-        p.grad = run.accelerator.reduce(p.grad, "mean")
-    return drawn, run.accelerator.reduce(sums, "mean")
+        p.grad = run.accelerator.reduce(p.grad, "sum")
+    return drawn, run.accelerator.reduce(sums, "sum")
 
 
 def report(run, args, state, method):
@@ -367,13 +383,13 @@ def report(run, args, state, method):
     n = len(run.held_out)
     draws = [generator(args.seed, "evaluate", k) for k in range(n)]
     noise = torch.stack([torch.randn(run.shape, generator=draw) for draw in draws])
-    share = torch.arange(n)[run.accelerator.process_index :: run.accelerator.num_processes]
+    share = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
     condition = [v[run.pool :][share] for v in run.condition]
     grid = run.backbone.grid(args.eval_steps, args.resolution)
     part = evaluate(run.backbone, condition, noise[share], grid, args.batch)
-    images = torch.zeros(n, *part.shape[1:], dtype=torch.uint8)
+    images = part.new_zeros(n, *part.shape[1:])
     images[share] = part
-    images = run.accelerator.reduce(images.to(run.device), "sum").cpu()
+    images = run.accelerator.reduce(images, "sum").cpu()
     run.backbone.transformer.set_adapter("default")
     prompts = [r["prompt"] for r in run.held_out]
     scores = score_images(args.scorers, run.rewards, args.preset, run.device, images, prompts)
@@ -394,7 +410,6 @@ def train(method, run, args):
     """The reports of a method, trained to its end from its checkpoint, if there is one."""
     path = Path(args.out, method, "07_draft.train")
     is_main = run.accelerator.is_main_process
-    samples = args.batch * run.accelerator.num_processes  # of a micro-batch
     spec = run.spec | dict(values=run.about if run.methods[method]["stops"] else [])
     state = dict(update=0, seconds=0.0, gflop=0.0, points=[], sums=torch.zeros(4))
     state |= dict(optimizer=None, lora={name: run.start for name in POLICIES})
@@ -429,7 +444,7 @@ def train(method, run, args):
         get_ema_multi_avg_fn(decay)(run.lora["average"], run.lora["default"], None)
         for stop, keep in drawn:
             step, rest = work(keep)
-            state["gflop"] += samples * ((stop - keep) * step + rest)
+            state["gflop"] += args.batch * ((stop - keep) * step + rest)
         state["update"] += 1
         state["sums"] = state["sums"] + sums
         bar.update()
@@ -454,11 +469,13 @@ def ended(state, args):
 
 def main(args):
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     methods = check(args)
     if args.resume and not any(Path(args.out, m, "07_draft.train").exists() for m in methods):
         fail(f"{args.out}/{args.methods[0]}/07_draft.train does not exist; start without --resume")
-    run = load(args, methods, Accelerator(cpu=args.device == "cpu"))
+    wait = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process encodes all prompts
+    run = load(args, methods, Accelerator(cpu=args.device == "cpu", kwargs_handlers=[wait]))
     points = sum((train(method, run, args) for method in methods), [])
     if not run.accelerator.is_main_process:
         return
