@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import textwrap
 import time
 import traceback
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from urllib.error import URLError
@@ -32,7 +33,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -161,10 +162,15 @@ def end(transformer, state):
     """The velocity (B, C, h, w) from a state after the last block."""
     h, w = state["fixed"]["grid"]
     y = transformer.proj_out(transformer.norm_out(state["h"], state["t"]))
-    if hasattr(transformer, "x_embedder"):  # FLUX: a token is (channel, row, column)
-        y = y.view(len(y), h, w, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    else:  # SD 3: (row, column, channel)
-        y = y.view(len(y), h, w, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
+    if hasattr(transformer, "x_embedder"):
+        return unpack(y, h, w)
+    y = y.view(len(y), h, w, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)  # (row, column, channel)
+    return y.reshape(len(y), -1, 2 * h, 2 * w)
+
+
+def unpack(y, h, w):
+    """FLUX's tokens (B, h w, C 2 2) -> latents (B, C, 2 h, 2 w)."""
+    y = y.view(len(y), h, w, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return y.reshape(len(y), -1, 2 * h, 2 * w)
 
 
@@ -675,8 +681,7 @@ class StitchedValue(nn.Module):
     ):
         super().__init__()
         # shared and frozen: not a submodule, so neither saved nor trained
-        precision = partial(autocast, reward.device, reward.dtype)
-        self.__dict__.update(transformer=transformer, score=reward.score, precision=precision)
+        self.__dict__.update(transformer=transformer, reward=reward)
         self.null = null
         self.i = i
         self.j = j
@@ -692,6 +697,36 @@ class StitchedValue(nn.Module):
             used += [v.class_embedding, v.positional_embedding, *v.ln_pre.parameters()]
         for p in used:
             p.requires_grad_(True)
+
+    @classmethod
+    def load(cls, source, transformer=None, device="cpu", dtype=torch.float32):
+        """The frozen value of a value.pt (03), of a folder that save() wrote, or of its hub id.
+
+        transformer: of the pipeline that it is to guide, so that no block is loaded twice.
+        """
+        artifact = read_value(source)
+        spec = artifact["spec"]
+        preset = artifact["config"]["preset"]
+        reward = Reward(spec["reward"], preset, device, dtype)
+        if transformer is None and spec["front"] == "dit":
+            transformer = Backbone(spec["backbone"], preset, device, dtype).prefix(spec["i"])
+        return build_value(artifact, transformer, reward)
+
+    def save(self, folder, rows=()):
+        """Write the value for the hub: weights, config.json and a model card with 04's rows.
+
+        The diffusion blocks, which are frozen, are named in it and not copied.
+        """
+        names = ("text", "pooled")
+        data = self.trained_state() | dict(zip(names, self.null, strict=True))
+        data = {k: v.contiguous().cpu() for k, v in data.items()}
+        about = {k: v for k, v in self.about.items() if k not in ("config", "format")}
+        about |= dict(norm=self.norm, preset=self.about["config"]["preset"])
+        about = json.dumps(about, indent=1)
+        with replacing(Path(folder, "value.safetensors")) as temporary:
+            save_file(data, temporary, metadata=dict(about=about))
+        Path(folder, "config.json").write_text(about)
+        Path(folder, "README.md").write_text(model_card(self.about["spec"], rows))
 
     def features(self, z, sigma, state=None):
         """u^{<=i}(z_t, t) (B, d, h, w), and the state after block i (None of a 'vae' front).
@@ -709,7 +744,7 @@ class StitchedValue(nn.Module):
 
     def head(self, features):
         """Features (B, d, h, w) -> embedding (B, E), unit or mean, and tokens (B, N+1, d)."""
-        with self.precision():
+        with autocast(self.reward.device, self.reward.dtype):
             f = self.stitch(features)
             if self.j == 1:
                 x = tokens_entering(self.visual, f)
@@ -721,9 +756,38 @@ class StitchedValue(nn.Module):
     def embed(self, z, sigma):
         return self.head(self.features(z, sigma)[0])[0]
 
+    def score(self, e, text):
+        return self.reward.score(e, text)
+
     def forward(self, z, sigma, text=None):
-        """V (B,) of noisy latents z (B, C, h, w) at sigma (B,); text (B, E) or (E,), unit."""
-        return self.score(self.embed(z, sigma), text)
+        """V (B,) of noisy latents z; gradients reach z, of any dtype and device.
+
+        z (B, C, h, w), or (B, h w / 4, 4 C) as FLUX's pipeline packs those of a square image; sigma
+        in [0, 1], (B,) or one number; text: B prompts or one, or unit embeddings (B, E) or (E,).
+        """
+        device = self.stitch.F.weight.device
+        if z.ndim == 3:
+            side = math.isqrt(z.shape[1])
+            z = unpack(z, side, side) if side**2 == z.shape[1] else z
+        channels = self.channels()
+        if z.ndim != 4 or z.shape[1] != channels:
+            raise ValueError(f"latents {tuple(z.shape)}: this value reads (B, {channels}, h, w)")
+        if self.front == "dit" and (z.shape[2] % 2 or z.shape[3] % 2):
+            raise ValueError(f"latents of {z.shape[2]} x {z.shape[3]}: both sides must be even")
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)
+        if not 0 <= sigma.min() <= sigma.max() <= 1:
+            raise ValueError("sigma lies in [0, 1], 1 for noise: a timestep is a thousand times it")
+        if isinstance(text, (str, list, tuple)):
+            text = self.reward.text([text] if isinstance(text, str) else text)
+        text = text if text is None else text.to(device)
+        return self.score(self.embed(z.to(device), sigma.expand(len(z))), text)
+
+    def channels(self):
+        """Of the latents that are read."""
+        if self.front == "vae":
+            return self.stitch.F.in_channels
+        packed = 4 if hasattr(self.transformer, "x_embedder") else 1
+        return self.transformer.config.in_channels // packed
 
     def trained_state(self):
         """What training can change, as a plain dict of tensors."""
@@ -731,6 +795,49 @@ class StitchedValue(nn.Module):
             k for k, p in self.named_parameters() if p.requires_grad or k.startswith("stitch")
         }
         return {k: v for k, v in self.state_dict().items() if k in trained or k == "cls"}
+
+
+def model_card(spec, rows):
+    """A hub page of a value: what it is cut from, how to use it, 04's rows of it."""
+    lines = [
+        "---\nlibrary_name: stitchvm\ntags: [reward-model, text-to-image]\n---",
+        f"# V(z_t) of {spec['reward']} on the noisy latents of {spec['backbone']}\n",
+        f"The first {spec['i']} blocks of {spec['backbone']}, which are not copied here, a linear",
+        f"stitch and {spec['reward']} from block {spec['j']} on, at {spec['resolution']} px.\n",
+        "    from common import StitchedValue",
+        "    value = StitchedValue.load(FOLDER_OR_HUB_ID, transformer=pipe.transformer)",
+        "    value(latents, sigma, prompts)  # (B,)\n",
+        f"Latents: {spec['latent_space']}.\n",
+    ]
+    keys = ("benchmark", "metric", "sigma", "value", "value_se", "n")
+    rows = [[f"{r[k]:.3f}" if isinstance(r[k], float) else str(r[k]) for k in keys] for r in rows]
+    table = [keys, ["---"] * len(keys), *rows] if rows else []
+    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in table)]) + "\n"
+
+
+def guide(value, prompts, c, form="unit"):
+    """A callback_on_step_end of a diffusers pipeline of SD 3 or FLUX: guidance by grad V.
+
+    What 05's stitchvm adds with --sampler ode: d c grad ('constant'), or of unit norm, for a step
+    of size d. The first step goes unguided: a callback sees no latents before it.
+    """
+    text = value.reward.text([prompts] if isinstance(prompts, str) else prompts)
+    moves = [0.0]  # what the step under way is to get at its end
+
+    def add_gradient(pipe, k, timestep, tensors):
+        z = tensors["latents"] + moves.pop()
+        levels = pipe.scheduler.sigmas.tolist()
+        if k + 2 < len(levels):
+            with torch.enable_grad():
+                x = z.detach().requires_grad_()
+                value(x, levels[k + 1], text).sum().backward()
+            grad = x.grad
+            if form == "unit":
+                grad = F.normalize(grad.flatten(1), dim=1).view_as(grad)
+            moves.append((levels[k + 1] - levels[k + 2]) * c * grad)
+        return dict(latents=z)
+
+    return add_gradient
 
 
 def joint_value(values, z, sigma, texts):
@@ -813,6 +920,22 @@ def load_values(files, backbone, rewards, resolution=None):
     return values, artifacts
 
 
+def read_value(source):
+    """The artefact of a value.pt, or of a folder or hub repository that save() wrote."""
+    if Path(source).is_file():
+        return load_artifact(source, {}, "03_finetune.py")
+    with needs(str(source)):
+        folder = Path(source)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(str(source)))
+        artifact = json.loads((folder / "config.json").read_text())
+        state = load_file(folder / "value.safetensors")
+    data = dict(null=[state.pop("text"), state.pop("pooled")], norm=artifact["norm"], state=state)
+    return artifact | dict(data=data, config=dict(preset=artifact["preset"]))
+
+
 def build_value(artifact, transformer, reward):
     """The frozen StitchedValue of an artefact of 03 on this transformer, on the reward's device."""
     spec = artifact["spec"]
@@ -824,6 +947,7 @@ def build_value(artifact, transformer, reward):
     how = {k: spec[k] for k in ("i", "j", "front", "embedding")}
     how |= dict(cls=state.get("cls"), norm=data["norm"])
     value = StitchedValue(transformer, null, reward, stitch, **how)
+    value.about = {k: v for k, v in artifact.items() if k != "data"}
     if unknown := value.load_state_dict(state, strict=False).unexpected_keys:
         raise RuntimeError(f"unknown weights {unknown[0]}")
     return value.to(reward.device).eval().requires_grad_(False)
