@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -1144,21 +1145,29 @@ def generator(*seed):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every flag with its default, below the module's docstring as it stands."""
+    """Every flag with its default; the text above and below them as it stands."""
 
 
 def stage_parser(file, doc, presets):
-    """The parser of a stage (its __file__ and __doc__) with the flags that all begin with."""
+    """The parser of a stage (its __file__ and __doc__) with the flags that all begin with.
+
+    --help begins with the title and the commands; the rest of the docstring follows the flags.
+    """
+    title, *parts = re.split(r"\n+(?=\w)", doc)
+    run = next((part for part in parts if part.startswith("Run")), "")
+    rest = "\n".join(part for part in parts if part != run)
     name = Path(file).name
-    p = argparse.ArgumentParser(name, None, doc, formatter_class=Help, allow_abbrev=False)
+    texts = dict(usage=f"{name} [FLAGS]", description=f"{title}\n\n{run}", epilog=rest)
+    p = argparse.ArgumentParser(name, formatter_class=Help, allow_abbrev=False, **texts)
     add = p.add_argument
     add("--preset", choices=presets, default="mini", help="the miniature, 24 GB, or appendix D")
     add("--backbone", default="sd3.5-medium", help="or sd3.5-large, flux, a folder, a hub id")
     add("--reward", default="clip", help="clip, dfn-clip, hpsv2, aesthetic, or an open_clip folder")
     add("--out", help="run folder; None: runs/<preset>/<backbone>_<reward>")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all that is random")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on CUDA, else float32")
     add("--dry-run", action="store_true", help="price the published models; nothing is loaded")
     add("--resolution", type=int, help="side of the square images, pixels")
     return p

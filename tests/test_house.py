@@ -155,6 +155,22 @@ def test_the_pages_code_runs(values, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- imports
+def test_help_begins_with_the_commands(capsys):
+    """Usage, title, Run; every flag with its default; the theory comes last."""
+    for name in STAGES:
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).parse_args(["--help"])
+        said = capsys.readouterr().out
+        places = [said.index(s) for s in (f"Stage {name[:2]}", "\nRun ", "options:", "\nPaper ")]
+        assert said.startswith(f"usage: {name}.py [FLAGS]") and places == sorted(places)
+        assert said[: places[2]].count("\n") < 10
+
+
+def test_every_flag_is_explained(stage_and_flags):
+    """argparse prints no default where there is no help."""
+    assert all(a.help for a in stage_and_flags[1])
+
+
 @pytest.mark.parametrize("flags", [["--help"], ["--no-such-flag"]], ids=["help", "mistyped"])
 def test_help_and_a_mistyped_flag_load_nothing_heavy(flags):
     """What takes seconds to import; so both answer as soon as torch is there."""
