@@ -21,8 +21,9 @@ import sys
 import textwrap
 import time
 import traceback
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
 
@@ -1183,6 +1184,8 @@ def parse_stage(p, presets, argv=None):
     preset = "mini" if asks_for_help else p.parse_known_args(argv)[0].preset
     p.set_defaults(**presets[preset])
     args = p.parse_args(argv)
+    if getattr(args, "track", None) and not find_spec("tensorboard"):
+        fail(f"--track {args.track} needs a package more: pip install tensorboard")
     args.out = args.out or str(run_folder(args.preset, args.backbone, args.reward))
     has_cuda = torch.cuda.is_available()
     if args.device == "auto":
@@ -1258,6 +1261,26 @@ def gflop(call):
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() / 1e9
+
+
+@cache
+def summary_writer(folder):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder)
+
+
+def track(folder, name, step, row, images=None):
+    """Add a row's numbers, and images uint8 (n, 3, H, W), to TensorBoard files; folder None: no."""
+    if folder is None:
+        return
+    writer = summary_writer(Path(folder, name))
+    for key, number in row.items():
+        if isinstance(number, float):
+            writer.add_scalar(key, number, step)
+    if images is not None:
+        writer.add_images("samples", images, step)
+    writer.flush()
 
 
 def print_table(rows, keys):

@@ -176,3 +176,27 @@ def test_a_stock_pipeline_is_guided_as_by_05(values, name, form):
         found, plain = (common.unpack(x, 4, 4) for x in (found, plain))
     assert_close(found, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0)
     assert (found - plain).abs().max() > 0.05
+
+
+# ---------------------------------------------------------------------------- watching a run
+def test_rows_and_images_reach_tensorboard(tmp_path):
+    """Numbers by their key and step, images as they are; without a folder nothing is written."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    for step in (1, 2):
+        row = dict(method="nft", reward=0.5 * step, update=step, clip=None)
+        common.track(tmp_path, "nft", step, row, images)
+    common.track(None, "nft", 3, row)
+    read = EventAccumulator(str(tmp_path / "nft"))
+    read.Reload()
+    assert read.Tags()["scalars"] == ["reward"] and read.Tags()["images"] == ["samples"]
+    assert [(e.step, e.value) for e in read.Scalars("reward")] == [(1, 0.5), (2, 1.0)]
+
+
+def test_a_missing_tensorboard_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    parser = common.stage_parser("03_x.py", "x", {"mini": {}})
+    parser.add_argument("--track")
+    with pytest.raises(SystemExit, match="pip install tensorboard"):
+        common.parse_stage(parser, {"mini": {}}, ["--track", "runs/tb"])
