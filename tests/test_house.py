@@ -144,14 +144,15 @@ def test_the_pages_code_runs(values, tmp_path, monkeypatch):
     value = tmp_path / "runs/mini/sd3.5-medium_clip/value.pt"
     value.parent.mkdir(parents=True)
     value.write_bytes(values["clip"].read_bytes())
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     blocks = [b for p in pages for b in re.findall(r"```python\n(.*?)```", p.read_text(), re.S)]
-    assert blocks
+    found = {}
     for block in blocks:
-        names = {}
-        exec(block, names)
-        assert names["z_t"].grad.isfinite().all() and names["V"].shape == (1,)
+        exec(block, found)
+    assert found["z_t"].grad.isfinite().all() and found["V"].shape == (1,)
+    assert found["image"].size == (64, 64) and Path("my-value/README.md").exists()
 
 
 # ---------------------------------------------------------------------------- imports
