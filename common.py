@@ -9,6 +9,7 @@ i counts the diffusion blocks already applied; j, from 1, is the first reward bl
 import argparse
 import contextlib
 import copy
+import csv
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ import sys
 import textwrap
 import time
 import traceback
+import unicodedata
 from functools import cache, cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -957,28 +959,51 @@ def build_value(artifact, transformer, reward):
 
 # ---------------------------------------------------------------------------- prompts and scores
 def load_prompts(path, limit=None):
-    """[{prompt, …}] of a text file, a JSON list, COCO's captions or GenEval's JSON lines.
+    """[{prompt, …}] of a file: .txt, a prompt a line; .json, a list or COCO's captions; .jsonl or
+    .ndjson, a row a line (GenEval); .csv or .tsv with a header (PartiPrompts).
 
-    The key is prompt, or text.
+    A row's key is prompt, text or caption, in any case. UTF-8; blank prompts are left out.
     """
-    kinds = "a text file, a JSON list, COCO's captions or GenEval's JSON lines"
+    kind = Path(path or "").suffix.lower()
     if not path or not Path(path).is_file():
-        fail(f"there is no file of prompts {path}: pass {kinds}")
+        fail(f"there is no file of prompts {path}")
     try:
-        text = Path(path).read_text()
-        rows = [line for line in text.splitlines() if line.strip()]
-        if Path(path).suffix == ".jsonl":
-            rows = [json.loads(line) for line in rows]
-        elif Path(path).suffix == ".json":
+        text = Path(path).read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip()]  # trap: splitlines splits more
+        if kind == ".txt":
+            rows = lines
+        elif kind == ".json":
             rows = json.loads(text)
-            rows = [a["caption"] for a in rows["annotations"]] if isinstance(rows, dict) else rows
-        rows = [{"prompt": r} if isinstance(r, str) else r for r in rows]
-        rows = [{**r, "prompt": r["prompt" if "prompt" in r else "text"] + ""} for r in rows]
+            rows = rows["annotations"] if isinstance(rows, dict) else rows
+        elif kind in (".jsonl", ".ndjson"):
+            rows = [json.loads(line) for line in lines]
+        elif kind in (".csv", ".tsv"):
+            rows = list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
+        else:
+            raise ValueError(f"unknown suffix {kind}")
+        rows = [row for row in map(prompt_row, rows) if row["prompt"]]
         if not rows:
             raise ValueError("empty")
         return rows[:limit]
-    except (ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        kinds = "a .txt, .json, .jsonl, .ndjson, .csv or .tsv file in UTF-8"
         fail(f"{path} is no list of prompts ({type(e).__name__}: {e}): pass {kinds}")
+
+
+def prompt_row(row):
+    """A prompt, or a dict of the key prompt, text or caption, as a dict of the key prompt."""
+    if isinstance(row, str):
+        return dict(prompt=row.strip())
+    keys = {key.lower(): key for key in row}
+    found = [keys[k] for k in ("prompt", "text", "caption") if k in keys]
+    if not found:
+        raise KeyError("prompt")
+    return {**row, "prompt": row[found[0]].strip()}
+
+
+def normal(prompt):
+    """A prompt without what makes no other prompt of it: case, spaces, Unicode's variants."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
 def score_by(rewards, images, prompts, device, batch):

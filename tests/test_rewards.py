@@ -456,9 +456,28 @@ COCO = dict(annotations=[dict(caption="two cats", image_id=3), dict(caption="a d
     [
         ("a.txt", "two cats\n\na dog\n", TWO),
         ("a.json", '["two cats", {"prompt": "a dog", "id": 3}]', [TWO[0], TWO[1] | dict(id=3)]),
-        ("coco.json", json.dumps(COCO), TWO),
+        (
+            "coco.json",
+            json.dumps(COCO),
+            [a | dict(prompt=a["caption"]) for a in COCO["annotations"]],
+        ),
         ("a.jsonl", "\n".join(map(json.dumps, GENEVAL)) + "\n", GENEVAL),
         ("b.jsonl", '"two cats"\n', TWO[:1]),
+        ("a.JSON", '["two cats"]', TWO[:1]),
+        ("a.ndjson", '{"prompt": "two cats"}\n', TWO[:1]),
+        ("a.txt", "\ufefftwo cats \r\n a dog", TWO),
+        ("a.txt", "two\u2028cats\u0085or\x0cdogs", [dict(prompt="two\u2028cats\u0085or\x0cdogs")]),
+        ("d.txt", "a café", [dict(prompt="a café")]),
+        (
+            "p.tsv",
+            "Prompt\tCategory\ntwo cats\tAnimals\n",
+            [dict(Prompt="two cats", Category="Animals", prompt="two cats")],
+        ),
+        (
+            "p.csv",
+            'id,caption\n1,"cats, two"\n',
+            [dict(id="1", caption="cats, two", prompt="cats, two")],
+        ),
         (
             "c.jsonl",
             '{"text": "two cats", "id": 3}',
@@ -468,12 +487,12 @@ COCO = dict(annotations=[dict(caption="two cats", image_id=3), dict(caption="a d
 )
 def test_load_prompts(tmp_path, name, text, wanted):
     """Other keys are kept; a limit leaves out the last ones."""
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     assert common.load_prompts(str(tmp_path / name)) == wanted
     assert common.load_prompts(str(tmp_path / name), 1) == wanted[:1]
 
 
-@pytest.mark.parametrize("path", [None, "nowhere.txt"])
+@pytest.mark.parametrize("path", [None, "nowhere.txt", str(ROOT)])
 def test_missing_prompts_are_refused(path):
     assert f"there is no file of prompts {path}" in refusal(common.load_prompts, path)
 
@@ -483,7 +502,10 @@ def test_missing_prompts_are_refused(path):
     [
         ("a.json", '["two cats"'),
         ("a.json", '{"prompts": ["two cats"]}'),
-        ("a.json", '[{"caption": "two cats"}]'),
+        ("a.json", '[{"words": "two cats"}]'),
+        ("a.csv", "words\ntwo cats\n"),
+        ("prompts", "two cats\n"),
+        ("a.docx", "two cats\n"),
         ("a.json", "[3]"),
         ("a.json", "[]"),
         ("a.json", "3"),
