@@ -16,14 +16,16 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
 import unicodedata
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +35,7 @@ from urllib.error import URLError
 # core from the one it waits for; torch's own reads this when it is loaded. Measured on 2 cores: 5 %
 # slower when these are idle, three times faster when they are not
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ["MPLBACKEND"] = "agg"  # trap: a notebook's would be looked for, and not found
 
 import numpy as np
 import torch
@@ -264,6 +267,8 @@ def explain(source, error):
         offline: "is not on this machine and its host cannot be reached: get it where there is a "
         f"network ({get} {source}), or pass a folder",
     }
+    if any(isinstance(c, ImportError) for c in chain):
+        return SystemExit(f"error: a package is missing ({error}): pip install -r requirements.txt")
     if any("No space left" in str(c) for c in chain):
         remedy = "free some, or move HF_HOME"
         return SystemExit(f"error: there is no room on the disk for {source}: {remedy}")
@@ -393,8 +398,8 @@ class Backbone:
         """
         files = sorted(Path(self.source).glob("text_encoder*/*.safetensors"))
         stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        key = hashlib.sha1(repr((self.source, stamps, self.dtype, list(texts))).encode())
-        path = cache and Path(cache, f"prompts_{key.hexdigest()[:12]}.bin")
+        key = digest(self.source, stamps, self.dtype, list(texts))
+        path = cache and Path(cache, f"prompts_{key}.bin")
         if not path:
             rows = self.encode_prompts(texts, batch)
         elif not path.exists():
@@ -1069,13 +1074,19 @@ def write_images(folder, rows, images):
 def replacing(path):
     """A temporary name to write to, renamed to `path` at the end: no half file is ever left."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        # torch's writer says of a full disk that its position is unexpected
+        if not isinstance(e, OSError) and "unexpected pos" not in str(e):
+            raise
+        fail(f"{path} cannot be written, is the disk full or read-only? ({e})")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def provenance(seed):
@@ -1101,8 +1112,7 @@ def save_artifact(path, stage, args, spec, data, parents=()):
     parents = [dict(stage=p["stage"], id=p["id"]) for p in parents]
     about = dict(format=FORMAT, stage=stage, spec=spec, config=vars(args), parents=parents)
     about["provenance"] = provenance(args.seed)
-    known = json.dumps(about, sort_keys=True, default=str)
-    about["id"] = hashlib.sha1(known.encode()).hexdigest()[:12]
+    about["id"] = digest(json.dumps(about, sort_keys=True, default=str))
     with replacing(path) as temporary:
         torch.save({**about, "data": data}, temporary)
     print(f"wrote {path} ({about['id']})")
@@ -1129,7 +1139,8 @@ def once(path, stage, spec, resume, work):
 
 def load_artifact(path, expect, maker):
     """Read an artefact; one whose spec is not as expected stops the run with a table of both."""
-    remake = f"python {maker} --out {Path(path).parent}"
+    flags = [f"--{k} {shlex.quote(str(expect[k]))}" for k in ("backbone", "reward") if k in expect]
+    remake = " ".join(["python", maker, "--out", shlex.quote(str(Path(path).parent)), *flags])
     if not Path(path).exists():
         fail(f"{path} does not exist; make it with: {remake}")
     try:
@@ -1154,8 +1165,22 @@ def save_table(args, stage, rows, **top):
     table = dict(stage=stage, rows=rows, **top, config=vars(args), provenance=provenance(args.seed))
     path = Path(args.out, f"{stage}.json")
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(table, indent=1))
+        temporary.write_text(json.dumps(strict(table), indent=1, allow_nan=False))
     print(f"wrote {path}")
+
+
+def strict(x):
+    """Plain data in which what is not finite is None, for JSON knows no NaN."""
+    if isinstance(x, dict):
+        return {k: strict(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [strict(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def digest(*what):
+    """Twelve hexadecimal digits that change with anything of `what`, plain data."""
+    return hashlib.sha1(repr(what).encode()).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------- the shell
@@ -1168,6 +1193,26 @@ def generator(*seed):
     """A CPU generator seeded by any numbers and strings, the same on every machine."""
     digest = hashlib.sha1(repr(seed).encode()).hexdigest()
     return torch.Generator().manual_seed(int(digest[:15], 16))
+
+
+def within(kind, low, high=math.inf):
+    """An argparse type: a finite number of this kind from low to high, both included."""
+
+    def parse(text):
+        x = kind(text)
+        if not low <= x <= high or math.isinf(x):
+            raise argparse.ArgumentTypeError(f"{text} does not lie between {low:g} and {high:g}")
+        return x
+
+    parse.__name__ = kind.__name__  # argparse's word for what is no number at all
+    return parse
+
+
+COUNT = within(int, 1)
+WHOLE = within(int, 0, 2**63 - 1)
+POSITIVE = within(float, 1e-30)
+SHARE = within(float, 0, 1)
+FINITE = within(float, -1e30, 1e30)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -1190,12 +1235,12 @@ def stage_parser(file, doc, presets):
     add("--backbone", default="sd3.5-medium", help="or sd3.5-large, flux, a folder, a hub id")
     add("--reward", default="clip", help="clip, dfn-clip, hpsv2, aesthetic, or an open_clip folder")
     add("--out", help="run folder; None: runs/<preset>/<backbone>_<reward>")
-    add("--seed", type=int, default=0, help="of all that is random")
+    add("--seed", type=WHOLE, default=0, help="of all that is random")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on CUDA, else float32")
     add("--dry-run", action="store_true", help="price the published models; nothing is loaded")
-    add("--resolution", type=int, help="side of the square images, pixels")
+    add("--resolution", type=COUNT, help="side of the square images, pixels, a multiple of 16")
     return p
 
 
@@ -1215,19 +1260,39 @@ def parse_stage(p, presets, argv=None):
     has_cuda = torch.cuda.is_available()
     if args.device == "auto":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_cuda else "cpu"
-    if args.device.startswith("cuda") and not has_cuda:
-        fail(f"--device {args.device}: torch finds no CUDA device on this machine")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        fail(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
+    if args.resolution and args.resolution % 16:
+        fail(f"--resolution {args.resolution}: latents are cut into patches of 16 pixels")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     world = WORLDS.get(preset)
     if world and not (ROOT / world["data"]).exists():
         print(f"drawing {world['data']} (once)", flush=True)
         subprocess.run([sys.executable, ROOT / world["maker"], ROOT / world["data"]], check=True)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
+    claim(args.out, p.prog)
     torch.manual_seed(args.seed)
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it already
     sys.excepthook = show_error
     return args
+
+
+def claim(out, stage):
+    """Refuse a second run of a stage in one folder; the lock ends with the process."""
+    import fcntl
+
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    name = f"stitchvm_{digest(stage, str(Path(out).resolve()))}.lock"
+    held = os.open(Path(tempfile.gettempdir(), name), os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"{stage} is running in {out} already: wait for it, or pass another --out")
 
 
 def show_error(kind, error, trace):
@@ -1243,17 +1308,23 @@ def run_folder(preset, backbone, reward):
 
 
 def model_folder(name, preset):
-    """The folder of a model: a path, or the world's of that name; None if it is neither."""
-    if Path(name).is_dir():
-        return Path(name)
-    if preset not in WORLDS:
-        return None
-    models = ROOT / WORLDS[preset]["models"]
-    if not (models / name).is_dir():
+    """The folder of a model: the world's of that name, or a path; None if it is neither.
+
+    A folder here that is called as a published model is passed as ./name.
+    """
+    found = []
+    if preset in WORLDS:
+        models = ROOT / WORLDS[preset]["models"]
         found = [*models.glob("*/model_index.json"), *models.glob("*/open_clip_config.json")]
-        known = ", ".join(sorted(p.parent.name for p in found))
-        fail(f"there is no {name}: --preset {preset} knows {known}; all else must be a folder")
-    return models / name
+    known = {file.parent.name: file.parent for file in found}
+    if name in known:
+        return known[name]
+    if Path(name).is_dir() and name not in HUB | REWARDS:
+        return Path(name)
+    if known:
+        names = ", ".join(sorted(known))
+        fail(f"there is no {name}: --preset {preset} knows {names}; all else must be a folder")
+    return None
 
 
 def now(device):
@@ -1320,6 +1391,19 @@ def print_table(rows, keys):
         print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)))
 
 
+def only_warns(draw):
+    """A figure that cannot be drawn is a warning: it comes last, after tables and images."""
+
+    @wraps(draw)
+    def tried(*args):
+        try:
+            draw(*args)
+        except Exception as e:
+            print(f"warning: no figure {args[-1]}: {type(e).__name__}: {e}")
+
+    return tried
+
+
 def save_figure(figure, path):
     """A matplotlib Figure as a PNG. It is made without pyplot, so no display or backend matters."""
     figure.tight_layout()
@@ -1328,6 +1412,7 @@ def save_figure(figure, path):
     print(f"wrote {path}")
 
 
+@only_warns
 def draw_lines(rows, x, ys, by, path):
     """A panel for each key of ys against the key x, a curve for each value of the key `by`.
 
@@ -1349,6 +1434,7 @@ def draw_lines(rows, x, ys, by, path):
     save_figure(figure, path)
 
 
+@only_warns
 def image_grid(rows, labels, titles, path):
     """Rows of uint8 images (n, 3, H, W) with a label each, and a title above each column."""
     from matplotlib.figure import Figure
@@ -1359,7 +1445,7 @@ def image_grid(rows, labels, titles, path):
         for axis, image in zip(line, images, strict=True):
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(textwrap.fill(label, 22), fontsize=8)
+        line[0].set_ylabel(textwrap.fill(label, 22), fontsize=8, parse_math=False)
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(textwrap.fill(title, 22), fontsize=6)
+        axis.set_title(textwrap.fill(title, 22), fontsize=6, parse_math=False)
     save_figure(figure, path)
