@@ -20,9 +20,12 @@ import torch
 from tqdm import tqdm
 
 from common import (
+    COUNT,
+    SHARE,
     add_noise,
     fail,
     load_artifact,
+    only_warns,
     parse_stage,
     print_table,
     resample,
@@ -40,9 +43,9 @@ def parse_args(argv=None):
     p = stage_parser(__file__, __doc__, PRESETS)
     add = p.add_argument
     add("--rank-by", choices=("raw", "relative"), default="relative", help="loss that chooses [D5]")
-    add("--i", type=int, help="stitch after this diffusion block; None: the best")
-    add("--j", type=int, help="stitch before this reward block; None: the best up to 4")
-    add("--rcond", type=float, default=1e-6, help="cut-off, times the largest singular value [D7]")
+    add("--i", type=COUNT, help="stitch after this diffusion block; None: the best")
+    add("--j", type=COUNT, help="stitch before this reward block; None: the best up to 4")
+    add("--rcond", type=SHARE, default=1e-6, help="cut-off, times the largest singular value [D7]")
     return parse_stage(p, PRESETS, argv)
 
 
@@ -68,6 +71,7 @@ def stitch_loss(W, b, F, G):
 # ---- to here ----
 
 
+@only_warns
 def draw_grid(rows, chosen, path):
     """Heat map of the relative losses, i down and j across; chosen, {i, j}, is framed."""
     from matplotlib.figure import Figure

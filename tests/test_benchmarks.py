@@ -49,12 +49,18 @@ def test_coco(tmp_path):
 
 def test_flickr30k(tmp_path):
     """A line is split at the first '.jpg,': captions hold commas, quotes, and that as well."""
-    lines = ["image,caption", "1.jpg,a man, a dog", '1.jpg,"he said" 7.jpg, and went', "2.jpg,x"]
-    (tmp_path / "flickr30k_test_karpathy.txt").write_text("\n".join(lines) + "\n")
+    lines = [
+        "image,caption",
+        "1.jpg,a man, a dog",
+        '1.jpg,"he said" 7.jpg, and went',
+        "2.jpg,x\u2028y",
+    ]
+    text = "\ufeff" + "\r\n".join([lines[0], "", *lines[1:]]) + "\r\n\r\n"
+    (tmp_path / "flickr30k_test_karpathy.txt").write_text(text, encoding="utf-8")
     put(tmp_path, "flickr30k-images/1.jpg", "Images/2.jpg")
     assert convert("flickr30k", tmp_path) == [
         dict(image="flickr30k-images/1.jpg", texts=["a man, a dog", '"he said" 7.jpg, and went']),
-        dict(image="Images/2.jpg", texts=["x"]),
+        dict(image="Images/2.jpg", texts=["x\u2028y"]),
     ]
 
 

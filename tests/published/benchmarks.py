@@ -45,7 +45,12 @@ def read(path, kind=None):
     """The text of a benchmark's list; kind: the key of LISTS if the file's name says too little."""
     if not path.exists():
         fail(f"{path} does not exist: {LISTS[kind or path.name]}")
-    return path.read_text()
+    return path.read_text(encoding="utf-8-sig")
+
+
+def lines_of(text):
+    """Its lines but blank ones; trap: splitlines also splits at what a caption may hold."""
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def coco(folder):
@@ -61,7 +66,7 @@ def coco(folder):
 def flickr30k(folder):
     """[(image, row)]; a caption may hold commas, quotes and '.jpg,'."""
     texts = {}
-    for line in read(folder / "flickr30k_test_karpathy.txt").splitlines()[1:]:
+    for line in lines_of(read(folder / "flickr30k_test_karpathy.txt"))[1:]:
         name, caption = line.split(".jpg,", 1)
         texts.setdefault(f"{name}.jpg", []).append(caption)
     return [(name, dict(texts=captions)) for name, captions in texts.items()]
@@ -86,7 +91,7 @@ def imagereward(folder):
 
 def ava(folder):
     """[(image, row)] of AVA's test images; columns of AVA.txt: index, image, the ten counts, …"""
-    lines = [line.split() for line in read(folder / "AVA.txt").splitlines()]
+    lines = [line.split() for line in lines_of(read(folder / "AVA.txt"))]
     votes = {line[1]: [int(v) for v in line[2:12]] for line in lines}
     ids = read(folder / "test.jpgl").split()
     return [(f"{image}.jpg", dict(votes=votes[image])) for image in ids]
@@ -107,7 +112,7 @@ def convert(kind, folder):
     """Write folder/<kind>.jsonl and return its rows."""
     try:
         found = BENCHMARKS[kind](folder)
-    except (ValueError, KeyError, IndexError, TypeError) as e:
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
         fail(f"the list of {kind} in {folder} is not as published ({e!r}): get it again")
     rows = [dict(image=place_of(folder, name, kind), **row) for name, row in found]
     with replacing(folder / f"{kind}.jsonl") as temporary:
