@@ -25,7 +25,7 @@ import textwrap
 import time
 import traceback
 import unicodedata
-from functools import cache, cached_property, wraps
+from functools import cache, cached_property, partial, wraps
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -827,26 +827,32 @@ def model_card(spec, rows):
 def guide(value, prompts, c, form="unit"):
     """A callback_on_step_end of a diffusers pipeline of SD 3 or FLUX: guidance by grad V.
 
-    What 05's stitchvm adds with --sampler ode: d c grad ('constant'), or of unit norm, for a step
-    of size d. The first step goes unguided: a callback sees no latents before it.
+    What 05's stitchvm adds with --sampler ode, in the form 'constant' or 'unit'. The first step
+    goes unguided: a callback sees no latents before it.
     """
     text = value.reward.text([prompts] if isinstance(prompts, str) else prompts)
+    move = partial(guiding_move, value, text, c, form)
     moves = [0.0]  # what the step under way is to get at its end
 
-    def add_gradient(pipe, k, timestep, tensors):
+    def add_move(pipe, k, timestep, tensors):
         z = tensors["latents"] + moves.pop()
-        levels = pipe.scheduler.sigmas.tolist()
-        if k + 2 < len(levels):
-            with torch.enable_grad():
-                x = z.detach().requires_grad_()
-                value(x, levels[k + 1], text).sum().backward()
-            grad = x.grad
-            if form == "unit":
-                grad = F.normalize(grad.flatten(1), dim=1).view_as(grad)
-            moves.append((levels[k + 1] - levels[k + 2]) * c * grad)
+        t, *after = pipe.scheduler.sigmas[k + 1 :].tolist()
+        if after:
+            moves.append(move(z, t, after[0]))
         return dict(latents=z)
 
-    return add_gradient
+    return add_move
+
+
+@torch.enable_grad()
+def guiding_move(value, text, c, form, z, t, t_next):
+    """d c grad V at latents z in a step of size d = t - t_next; form unit: of a unit gradient."""
+    z = z.detach().requires_grad_()
+    value(z, t, text).sum().backward()
+    grad = z.grad
+    if form == "unit":
+        grad = F.normalize(grad.flatten(1), dim=1).view_as(grad)
+    return (t - t_next) * c * grad
 
 
 def joint_value(values, z, sigma, texts):
@@ -1219,6 +1225,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Every flag with its default; the text above and below them as it stands."""
 
 
+class Parser(argparse.ArgumentParser):
+    """One that answers a wrong flag as all else is answered: a sentence, exit code 1."""
+
+    def error(self, message):
+        fail(f"{message} (see python {self.prog} --help)")
+
+
 def stage_parser(file, doc, presets):
     """The parser of a stage (its __file__ and __doc__) with the flags that all begin with.
 
@@ -1229,7 +1242,7 @@ def stage_parser(file, doc, presets):
     rest = "\n".join(part for part in parts if part != run)
     name = Path(file).name
     texts = dict(usage=f"{name} [FLAGS]", description=f"{title}\n\n{run}", epilog=rest)
-    p = argparse.ArgumentParser(name, formatter_class=Help, allow_abbrev=False, **texts)
+    p = Parser(name, formatter_class=Help, allow_abbrev=False, **texts)
     add = p.add_argument
     add("--preset", choices=presets, default="mini", help="the miniature, 24 GB, or appendix D")
     add("--backbone", default="sd3.5-medium", help="or sd3.5-large, flux, a folder, a hub id")

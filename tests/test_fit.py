@@ -204,7 +204,8 @@ def test_what_is_kept_is_fitted_on_all_images(out, j):
     "flags, message",
     [
         (["--i", "99"], "i runs to 3, j to 5"),
-        (["--i", "0"], "i runs to 3"),
+        (["--i", "0"], "argument --i: 0 does not lie between 1 and"),
+        (["--rcond", "nan"], "argument --rcond"),
         (["--j", "6"], "j to 5"),
         (["--reward", "hpsv2"], "does not fit.*clip.*hpsv2.*01_cache_features.py"),
         (["--resolution", "128"], "does not fit.*64.*128"),
