@@ -1300,10 +1300,11 @@ def claim(out, stage):
 
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    name = f"stitchvm_{digest(stage, str(Path(out).resolve()))}.lock"
-    held = os.open(Path(tempfile.gettempdir(), name), os.O_CREAT | os.O_RDWR)
+    # one file for all runs: a byte of it is locked, whose place says which run it is
+    held = os.open(Path(tempfile.gettempdir(), "stitchvm.lock"), os.O_CREAT | os.O_RDWR, 0o666)
+    place = int(digest(stage, str(Path(out).resolve())), 16)
     try:
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
     except OSError:
         fail(f"{stage} is running in {out} already: wait for it, or pass another --out")
 
