@@ -29,9 +29,13 @@ import torch
 from tqdm import tqdm
 
 from common import (
+    COUNT,
+    FINITE,
+    SHARE,
     Backbone,
     Reward,
     clean_reward,
+    digest,
     draw_lines,
     fail,
     generator,
@@ -55,6 +59,7 @@ from common import (
     timing,
     tweedie,
     value_files,
+    within,
     write_images,
 )
 
@@ -71,32 +76,33 @@ def parse_args(argv=None):
     add = p.add_argument
     several = partial(add, nargs="+")
     add("--prompts", help="text file, JSON list or GenEval's JSON lines")
-    add("--limit", type=int, help="prompts at most")
-    several("--methods", default=METHODS, choices=METHODS)
+    add("--limit", type=COUNT, help="prompts at most")
+    several("--methods", default=METHODS, choices=METHODS, help="what is compared")
     several("--value", help="value model of each reward; None: value.pt of its run folder")
-    several("--n", type=int, default=[4], help="particles, a row for each number")
-    several("--m", type=int, default=[2], help="proposals of fks+stitchvm, a row for each number")
-    several("--n-stitchvm", type=int, help="particles of fks+stitchvm; None: --n")
-    several("--lam", type=float, default=[1.0], help="strength, in units of the reward's spread")
-    several("--raw-lam", type=float, help="strength in units of the reward, instead of --lam")
+    several("--n", type=COUNT, default=[4], help="particles, a row for each number")
+    several("--m", type=COUNT, default=[2], help="proposals of fks+stitchvm, a row for each number")
+    several("--n-stitchvm", type=COUNT, help="particles of fks+stitchvm; None: --n")
+    several("--lam", type=FINITE, default=[1.0], help="strength, in units of the reward's spread")
+    several("--raw-lam", type=FINITE, help="strength in units of the reward, instead of --lam")
     add("--potential", choices=("diff", "rt", "max", "add"), default="diff", help="see weigh()")
-    several("--potential-value", choices=("tweedie", "stitchvm"), default=["tweedie"])
+    ways = ("tweedie", "stitchvm")
+    several("--potential-value", choices=ways, default=["tweedie"], help="by what they are weighed")
     several("--proposal", choices=("argmax", "corrected"), default=["argmax"], help="see choose()")
     several("--report", choices=("best", "mean"), default=["best"], help="see select()")
-    add("--resampling", choices=("multinomial", "systematic"), default="multinomial")
-    add("--adaptive", type=float, help="resample below this share of N effective; None: always")
-    add("--steps", type=int, help="of the sampler; None: 40, FLUX 28")
-    add("--cfg", type=float, help="guidance; None: 4.5, FLUX 1, its own is 3.5")
-    add("--fk-every", type=int, default=4, help="steps between two weighings")
-    add("--fk-start", type=int, help="first step after which they are; None: a fifth of --steps")
-    add("--fk-end", type=int, help="last such step; None: four fifths")
-    add("--propose", type=float, default=0.4, help="share of the steps that make proposals")
-    add("--spread-samples", type=int, default=8, help="of each of eight prompts, for --lam's unit")
+    add("--resampling", choices=("multinomial", "systematic"), default="multinomial", help="scheme")
+    add("--adaptive", type=SHARE, help="resample below this share of N effective; None: always")
+    add("--steps", type=COUNT, help="of the sampler; None: 40, FLUX 28")
+    add("--cfg", type=FINITE, help="guidance; None: 4.5, FLUX 1, its own is 3.5")
+    add("--fk-every", type=COUNT, default=4, help="steps between two weighings")
+    add("--fk-start", type=COUNT, help="first step after which they are; None: a fifth of --steps")
+    add("--fk-end", type=COUNT, help="last such step; None: four fifths")
+    add("--propose", type=SHARE, default=0.4, help="share of the steps that make proposals")
+    add("--spread-samples", type=within(int, 2), default=8, help="a prompt, for --lam's unit")
     several("--scorers", help="rewards that score the images, besides --reward")
-    add("--batch", type=int, help="latents at a time")
+    add("--batch", type=COUNT, help="latents at a time")
     add("--save-images", action="store_true", help="write the reported images")
-    add("--resume", action="store_true", help="go on from <out>/06_fks.parts")
     add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
+    add("--resume", action="store_true", help="go on from <out>/06_fks.parts")
     return parse_stage(p, PRESETS, argv)
 
 
@@ -249,7 +255,10 @@ def steer(z, grid, denoise, noise, uniform, score, value, lam, fk_steps, propose
 
 
 class Models:
-    """What steer() calls. rows, gflop: how many rows of each call have run, and GFLOP of one."""
+    """What steer() calls. rows, gflop: how many rows of each call have run, and GFLOP of one.
+
+    spec: what must agree for --resume.
+    """
 
     def __init__(self, args, texts):
         names = args.reward.split("+")
@@ -266,10 +275,8 @@ class Models:
         self.values, self.parents = load_values(files, *given)
         self.shares = shares_prefix(self.values, self.backbone, self.null, args.cfg)
         free = ("out", "device", "value", "scorers", "save_images", "resume")
-        self.spec = {k: v for k, v in vars(args).items() if k not in free}  # of a file of a part
-        self.spec |= dict(
-            texts=generator(texts).initial_seed(), values=[a["id"] for a in self.parents]
-        )
+        self.spec = {k: v for k, v in vars(args).items() if k not in free}
+        self.spec |= dict(texts=digest(texts), values=[a["id"] for a in self.parents])
         self.cfg = args.cfg
         self.batch = args.batch
         self.rows = Counter()
@@ -343,21 +350,14 @@ def draw_uniforms(seed, prompts, N, device, k):
 
 
 def complete(args, backbone):
-    """Fill in what depends on the backbone and on --steps; refuse what cannot be run."""
-    steps = args.steps if args.steps is not None else 28 if backbone.is_flux else 40
+    """Fill in what depends on the backbone and on --steps."""
+    steps = args.steps or (28 if backbone.is_flux else 40)
     start, end = (max(1, round(share * steps)) for share in (0.2, 0.8))
     defaults = dict(steps=steps, cfg=backbone.cfg, fk_start=start, fk_end=end)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
-    counts = ("n", "m", "n_stitchvm", "steps", "fk_every", "batch", "limit")
-    ranges = dict.fromkeys(counts, (1, math.inf)) | dict(spread_samples=(2, math.inf))
-    ranges |= dict(propose=(0, 1), adaptive=(0, math.inf))
-    ranges |= dict(fk_end=(1, args.steps), fk_start=(1, args.fk_end))
-    for name, (low, high) in ranges.items():
-        given = getattr(args, name)
-        numbers = given if isinstance(given, list) else [given]
-        if not all(x is None or low <= x <= high for x in numbers):
-            flag = name.replace("_", "-")
-            fail(f"--{flag} is {given}: it must lie between {low} and {high}")
+    if not args.fk_start <= args.fk_end <= steps:
+        order = f"--fk-start {args.fk_start}, --fk-end {args.fk_end}, --steps {steps}"
+        fail(f"{order}: none may be above the next")
 
 
 def plan(args):
@@ -392,8 +392,8 @@ def label(run, args):
 def sample(models, args, run, lam, seed, prompts):
     """What one run makes of some prompts, on the CPU: books after the clean reward r (P, N).
 
-    reports: for each its images, uint8 (P, R, 3, H, W), and their mean reward (P,); seconds of a
-    prompt; rows and gflop as counted.
+    reports: for each its images, uint8 (P, R, 3, H, W), and their mean reward (P,); seconds and
+    rows of a prompt; gflop of a row.
     """
     backbone = models.backbone
     began = now(backbone.device)
@@ -417,7 +417,8 @@ def sample(models, args, run, lam, seed, prompts):
         chosen = images[torch.arange(len(index))[:, None], index]
         found["reports"][report] = (chosen, found["r"].gather(1, index).mean(1))
     found["seconds"] = (now(backbone.device) - began) / len(prompts)
-    return found | dict(rows=dict(models.rows), gflop=dict(models.gflop))
+    rows = {k: n // len(prompts) for k, n in models.rows.items()}
+    return found | dict(rows=rows, gflop=dict(models.gflop))
 
 
 def perform(models, args, run, lam, seed, n):
@@ -434,22 +435,19 @@ def perform(models, args, run, lam, seed, n):
         models.gflop |= parts[-1]["gflop"]
     row = dict(method=run["method"], n_particles=run["N"], m_proposals=run["M"], n=n)
     row["s_per_prompt"], row["s_spread"] = timing([p["seconds"] for p in parts])
-    rows = sum((Counter(p["rows"]) for p in parts), Counter())
-    rows = {k: rows[k] // n for k in rows}
+    rows = parts[0]["rows"]
     denoised = sum(rows[k] for k in rows if "velocity" in k)
     row["denoiser_calls"] = denoised if args.cfg == 1 else 2 * denoised
     row["gflop_per_prompt"] = sum(rows[k] * models.gflop[k] for k in rows)
-    r, killed, origin, ess = (
-        torch.cat([p[k] for p in parts]) for k in ("r", "killed", "origin", "ess")
-    )
-    row["killed"] = int(killed.sum())
-    row["ancestors"] = sum(len(set(line)) for line in origin.tolist()) / n
+    found = {k: torch.cat([p[k] for p in parts]) for k in ("r", "killed", "origin", "ess")}
+    row["killed"] = int(found["killed"].sum())
+    row["ancestors"] = sum(len(set(line)) for line in found["origin"].tolist()) / n
     if run["method"].startswith("fks"):
         row |= dict(proposal=run["proposal"] if run["M"] > 1 else None, potential_value=run["by"])
-        row["ess"] = float(ess.mean()) / len(settings(run, args)["fk_steps"])
+        row["ess"] = float(found["ess"].mean()) / len(settings(run, args)["fk_steps"])
         row |= {"lambda": None if args.raw_lam else run["lam"], "lambda_raw": lam}
     pairs = {k: zip(*(p["reports"][k] for p in parts), strict=True) for k in parts[0]["reports"]}
-    return row, r, {k: [torch.cat(x) for x in pair] for k, pair in pairs.items()}
+    return row, found["r"], {k: [torch.cat(x) for x in pair] for k, pair in pairs.items()}
 
 
 def reward_spread(models, args, texts):
@@ -482,8 +480,7 @@ def add_scores(rows, images, rewards, models, args, texts):
     for k, row in enumerate(rows):
         scores = {name: x[k].view(len(texts), -1).mean(1) for name, x in parts.items()}
         scores["reward"] = rewards[k]  # of the images before they were rounded
-        means = mean_and_error({name: x[x.isfinite()] for name, x in scores.items()})
-        row |= {name: x if math.isfinite(x) else None for name, x in means.items()}
+        row |= mean_and_error({name: x[x.isfinite()] for name, x in scores.items()})
     return list(scores)
 
 
@@ -496,21 +493,19 @@ def main(args):
     if not args.resume:
         shutil.rmtree(parts, ignore_errors=True)
     spread = reward_spread(models, args, texts) if args.raw_lam is None else None
-    rows = []
-    images = []
-    rewards = []
+    made = []
     for run in tqdm(plan(args), desc="runs"):
         lam = run["lam"] / (spread or 1)
         row, _, reports = perform(models, args, run, lam, args.seed, len(texts))
         for report, (pictures, r) in reports.items():
             curve = label(run, args) + f" {report}" * (len(args.report) > 1)
-            rows.append(row | dict(report=report, curve=curve))
-            images.append(pictures)
-            rewards.append(r)
+            row = row | dict(report=report, curve=curve)
             if args.save_images:
                 name = f"{label(run, args)} N={run['N']} {report}".replace(" ", "_")
-                rows[-1]["images"] = f"06_images/{name}"
-                write_images(Path(args.out, rows[-1]["images"]), prompts, pictures)
+                row["images"] = f"06_images/{name}"
+                write_images(Path(args.out, row["images"]), prompts, pictures)
+            made.append((row, pictures, r))
+    rows, images, rewards = zip(*made, strict=True)
     models.backbone.free()  # before scorers are loaded
     models.values.clear()
     scores = add_scores(rows, images, rewards, models, args, texts)
@@ -521,8 +516,7 @@ def main(args):
         print("warning: the machine was busy with something else: do not rely on the seconds")
     top = dict(spread=spread, shared=models.shares, gflop_per_row=models.gflop)
     top["values"] = [dict(stage=a["stage"], id=a["id"]) for a in models.parents]
-    lists = [r.tolist() for r in rewards]
-    top["rewards_of_prompts"] = [[x if math.isfinite(x) else None for x in r] for r in lists]
+    top["rewards_of_prompts"] = [r.tolist() for r in rewards]
     save_table(args, "06_fks", rows, **top)
     draw_lines(rows, "gflop_per_prompt", scores, "curve", Path(args.out, "06_scaling.png"))
     largest = {row["curve"]: x[:6, 0] for row, x in zip(rows, images, strict=True)}  # the last N

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import shutil
+import weakref
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from test_common import small_sd3
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 import common
@@ -22,6 +24,8 @@ fks = importlib.import_module("06_fks")
 DEAD = -math.inf
 RULES = dict(proposal="argmax", potential="diff", by="tweedie")
 RULES |= dict(resampling="multinomial", adaptive=None)
+POTENTIALS = ("diff", "rt", "max", "add")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +108,7 @@ def test_choose_corrected_stays_finite_at_large_values():
 # ---------------------------------------------------------------------------- potentials
 BY_HAND = {
     "diff": ([2 * 1, 2 * (3 - 1), 2 * (2 - 3)], 2 * (5 - 2)),
+    "rt": ([2 * 1, 2 * 3, 2 * 2], 2 * 5 - (2 + 6 + 4)),
     "max": ([2 * 1, 2 * 3, 2 * 3], 2 * 5 - (2 + 6 + 6)),
     "add": ([2 * 1, 2 * 4, 2 * 6], 2 * 11 - (2 + 8 + 12)),
 }
@@ -123,7 +128,7 @@ def test_potentials_by_hand(potential):
         total += gain
         assert books["logw"].item() == books["paid"].item() == total
     books = fks.weigh(books, torch.tensor([[5.0]]).double(), 2.0, potential, last=True)
-    target = {"diff": 10, "max": 10, "add": 22}[potential]
+    target = {"diff": 10, "rt": 10, "max": 10, "add": 22}[potential]
     assert books["logw"].item() == total + last == target
 
 
@@ -134,7 +139,7 @@ def test_max_of_negative_values_is_not_zero():
     assert books["logw"].tolist() == [[-3, -1]]
 
 
-@pytest.mark.parametrize("potential", ["diff", "max", "add"])
+@pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_kills_one_particle(potential, bad):
     """Its weight is zero from then on, it is counted once, the others are as if without it."""
@@ -238,12 +243,15 @@ def errors(z, books, lam=LAM):
 @pytest.mark.parametrize("by", ["tweedie", "stitchvm"])
 @pytest.mark.parametrize("adaptive", [None, 0.7])
 @pytest.mark.parametrize("resampling", ["multinomial", "systematic"])
-def test_particles_follow_the_tilted_law(resampling, adaptive, by):
+@pytest.mark.parametrize("potential", ["diff", "rt"])
+def test_particles_follow_the_tilted_law(potential, resampling, adaptive, by):
     """exp(lam r) times the sampler's own Gaussian: mean + lam variance, the same variance.
 
-    Plain samples are a hundred standard errors away.
+    Plain samples are a hundred standard errors away. rt weighs a line by every value it had; that
+    the end divides all of them out is official code's law, too.
     """
-    z, books = gaussian(24, 500, resampling=resampling, adaptive=adaptive, by=by)
+    way = dict(potential=potential, resampling=resampling, adaptive=adaptive, by=by)
+    z, books = gaussian(24, 500, **way)
     assert max(map(abs, errors(z, books))) < 4
     z, books = gaussian(24, 500, fk_steps=())
     assert errors(z, dict(logw=torch.zeros_like(z)))[0] < -20  # so the test would see it
@@ -298,7 +306,7 @@ def test_argmax_proposals_do_not():
     assert errors(z, books)[0] > 8 and 0.05 < found - mean - LAM * variance < 1
 
 
-@pytest.mark.parametrize("potential", ["diff", "max", "add"])
+@pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("proposal", ["argmax", "corrected"])
 @pytest.mark.parametrize("by", ["tweedie", "stitchvm"])
 def test_everything_telescopes(potential, proposal, by, monkeypatch):
@@ -316,7 +324,7 @@ def test_everything_telescopes(potential, proposal, by, monkeypatch):
     monkeypatch.setattr(fks, "weigh", spy)
     z, books = gaussian(3, 6, M=3, potential=potential, proposal=proposal, by=by, adaptive=0.9)
     assert_close(books["paid"], LAM * books["running"])
-    if potential == "diff":
+    if potential in ("diff", "rt"):
         assert_close(books["paid"], LAM * z)
     elif potential == "max":
         assert (books["running"] >= z).all()
@@ -324,7 +332,7 @@ def test_everything_telescopes(potential, proposal, by, monkeypatch):
     assert len(weighings) == (len(FK) + 1 if every else 5)  # 20, 24, 28, 32 and the end
 
 
-@pytest.mark.parametrize("potential", ["diff", "max", "add"])
+@pytest.mark.parametrize("potential", POTENTIALS)
 def test_never_resampled_is_importance_weighting(potential):
     """The samples are the plain ones, the carried weights exp(lam r), exp(lam max or sum).
 
@@ -344,7 +352,7 @@ def test_never_resampled_is_importance_weighting(potential):
     z, books = gaussian(2, 50, score=score, denoise=denoise, **way)
     assert torch.equal(z, gaussian(2, 50, fk_steps=())[0])
     values = torch.stack(scored)
-    targets = dict(diff=values[-1], max=values.amax(0), add=values.sum(0))
+    targets = dict(diff=values[-1], rt=values[-1], max=values.amax(0), add=values.sum(0))
     assert_close(books["logw"], LAM * targets[potential])
     assert len(scored) == len(FK) + 1
     for step, v in zip(FK, scored, strict=False):  # the estimate that step 8 was made from
@@ -435,7 +443,7 @@ def stitched(sd3, null, i, seed=0):
     """A value with the real prefix and a random head of eight numbers."""
     g = torch.Generator().manual_seed(seed)
     value = SimpleNamespace(transformer=sd3, null=null, i=i, front="dit", score=inner)
-    value.W = torch.randn(32, 8, generator=g)
+    value.W = torch.randn(32, 8, generator=g).to(null[0].device)
     value.features = partial(common.StitchedValue.features, value)
     value.head = lambda f: (torch.tanh(f.mean((2, 3)) @ value.W), None)
     return value
@@ -449,31 +457,32 @@ def shares(models):
     return common.shares_prefix(models.values, models.backbone, models.null, models.cfg)
 
 
-def small_models(sd3, values, cfg=4.5, batch=100, prompts=(0, 1)):
+def small_models(sd3, values, cfg=4.5, batch=100, prompts=(0, 1), device=CPU):
     """Two prompts on the random SD3, latents decoded to themselves, a reward linear in them."""
     g = torch.Generator().manual_seed(1)
     models = object.__new__(fks.Models)
     texts = [torch.randn(n, 5, 24, generator=g) for n in (2, 1)]
     pooled = [torch.randn(n, 20, generator=g) for n in (2, 1)]
-    models.condition, models.null = zip(texts, pooled, strict=True)
-    models.backbone = SimpleNamespace(transformer=sd3, decode=lambda z: z)
+    models.embedded, null = zip(texts, pooled, strict=True)
+    models.null = [v.to(device) for v in null]
+    models.backbone = SimpleNamespace(transformer=sd3, decode=lambda z: z, device=device)
     models.backbone.velocity = partial(common.velocity, sd3)
     models.rewards = [SimpleNamespace(embed=embed, score=inner)] * len(values)
-    models.texts = [torch.randn(2, 8, generator=g)] * len(values)
-    pairs = enumerate(values)
-    models.values = [stitched(sd3, list(models.null), i, seed) for seed, i in pairs]
+    models.read = [torch.randn(2, 8, generator=g).to(device)] * len(values)
+    models.values = [stitched(sd3, models.null, i, seed) for seed, i in enumerate(values)]
     models.cfg = cfg
     models.batch = batch
-    models.prompts = torch.tensor(prompts)
     models.rows = Counter()
     models.gflop = {}
-    models.shares = shares(models)
+    models.shares = device != CPU or shares(models)  # meta tensors cannot be compared
+    models.take(list(prompts))
     return models
 
 
 def steered(models, N=3, steps=6, propose=0, M=1, **rules):
-    noise = partial(fks.draw_noise, 0, [0, 1], N, (16, 10, 6))
-    uniform = partial(fks.draw_uniforms, 0, [0, 1], N)
+    device = models.backbone.device
+    noise = partial(fks.draw_noise, 0, [0, 1], N, (16, 10, 6), device)
+    uniform = partial(fks.draw_uniforms, 0, [0, 1], N, device)
     grid = torch.linspace(1, 0, steps + 1).tolist()
     calls = models.denoise, noise, uniform, models.score, models.value
     more = dict(lam=2.0, fk_steps=(2, 4), propose=propose, M=M, rules=RULES | rules)
@@ -538,6 +547,50 @@ def test_blocks_that_run(sd3):
     assert seen == [rows + m * proposed - proposed] * cut + [rows] * (4 - cut)
 
 
+READS = ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__")
+
+
+class Waits(TorchFunctionMode):
+    """Notes what makes the host wait for a device: numbers read off it, copies that block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, call, types, args=(), kwargs=None):
+        result = call(*args, **(kwargs or {}))
+        name = call.__name__
+        place = args[0].device if name in (*READS, "to", "cpu") else CPU
+        reads = name in READS and place != CPU
+        copies = name in ("to", "cpu", "tensor", "new_tensor") and result.device != place
+        if reads or copies and not (kwargs or {}).get("non_blocking"):
+            self.names.append(name)
+        return result
+
+
+@pytest.mark.parametrize("way", ["proposals", "corrected"])
+def test_the_steps_wait_for_nothing(sd3, way):
+    """On a device without data: the embeddings go there before the steps, the draws beside them."""
+    models = small_models(copy.deepcopy(sd3).to("meta"), [2, 1], device=torch.device("meta"))
+    assert models.embedded[0].device == CPU and models.condition[0].device.type == "meta"
+    with Waits() as waits:
+        z, books = steered(models, steps=4, **WAYS[way])
+        assert waits.names == []
+        z.new_tensor([1.0])
+    assert waits.names == ["new_tensor"] and books["logw"].device.type == "meta"
+
+
+def test_draws_go_to_a_gpu_from_pinned_memory():
+    """A copy from other memory waits for all work that is queued, whatever non_blocking says."""
+    sent = []
+    pinned = SimpleNamespace(to=lambda *where, **how: sent.append((where, how)))
+    gpu = SimpleNamespace(type="cuda")
+    fks.send(SimpleNamespace(pin_memory=lambda: pinned), gpu)
+    assert sent == [((gpu,), dict(non_blocking=True))]
+    x = torch.ones(2)
+    assert fks.send(x, CPU) is x
+
+
 CASES = {
     "cfg": (True, {}),
     "no cfg": (False, dict(cfg=1.0)),
@@ -600,21 +653,22 @@ def test_joint_value_is_the_sum_and_shares_its_blocks(sd3):
 def test_draws_do_not_depend_on_n_m_or_the_batch():
     """The first particles and proposals of a larger run are those of a smaller one."""
     shape = 16, 4, 4
-    noise, small = (partial(fks.draw_noise, 0, p, n, shape) for p, n in (([5, 6], 4), ([6], 2)))
-    uniform = partial(fks.draw_uniforms, 0, [5, 6], 4)
+    pairs = ([5, 6], 4), ([6], 2)
+    noise, small = (partial(fks.draw_noise, 0, p, n, shape, CPU) for p, n in pairs)
+    uniform = partial(fks.draw_uniforms, 0, [5, 6], 4, CPU)
     assert torch.equal(noise(3, 4)[1:, :2, :2], small(3, 2))
     assert torch.equal(noise("start")[1:, :2], small("start"))
     assert not torch.equal(noise(3), noise(4)) and uniform(3).shape == (2, 2, 4)
-    assert torch.equal(uniform(3)[:, 1:, :2], fks.draw_uniforms(0, [6], 2, 3))
+    assert torch.equal(uniform(3)[:, 1:, :2], fks.draw_uniforms(0, [6], 2, CPU, 3))
     assert not torch.equal(noise(3)[0], noise(3)[1])
     assert not torch.equal(noise(3)[:, 0], noise(3)[:, 1])
-    assert not torch.equal(fks.draw_noise(1, [6], 2, shape, 3), small(3))
+    assert not torch.equal(fks.draw_noise(1, [6], 2, shape, CPU, 3), small(3))
 
 
 # ---------------------------------------------------------------------------- what is run
-def flags(*argv):
+def flags(*argv, is_flux=False, cfg=4.5):
     args = fks.parse_args(list(argv))
-    fks.complete(args, flux=False)
+    fks.complete(args, SimpleNamespace(is_flux=is_flux, cfg=cfg))
     return args
 
 
@@ -664,8 +718,7 @@ def test_schedules():
     assert (args.steps, args.cfg, args.fk_start, args.fk_end) == (40, 4.5, 8, 32)
     steps = fks.settings(fks.plan(args)[2], args)["fk_steps"]
     assert list(steps) == [8, 12, 16, 20, 24, 28, 32]
-    args = fks.parse_args(["--backbone", "flux"])
-    fks.complete(args, True)
+    args = flags("--backbone", "flux", is_flux=True, cfg=1.0)
     given = fks.settings(fks.plan(args)[3], args)
     assert (args.steps, args.cfg, given["propose"]) == (28, 1.0, 11)
     assert list(given["fk_steps"]) == [6, 10, 14, 18, 22]
@@ -695,7 +748,7 @@ WRONG += ["--propose 1.5", "--adaptive -1", "--limit 0", "--spread-samples 1"]
 def test_misuse_of_numbers(argv):
     with pytest.raises(SystemExit, match="^error: ") as e:
         flags(*argv.split())
-    assert f"{argv.split()[0]} is" in str(e.value) and "\n" not in str(e.value)
+    assert argv.split()[0] in str(e.value) and "\n" not in str(e.value)
 
 
 # ---------------------------------------------------------------------------- the miniature
@@ -768,8 +821,8 @@ def test_a_dead_particle_counts_where_it_is(out, monkeypatch):
     """Of three samples the last has no reward: one death among three, none among two."""
     clean = fks.Models.clean
 
-    def broken(self, *args):
-        images, r = clean(self, *args)
+    def broken(self, **rows):
+        images, r = clean(self, **rows)
         return images, torch.where(torch.arange(len(r)) % 3 == 2, torch.nan, r)
 
     monkeypatch.setattr(fks.Models, "clean", broken)
@@ -826,10 +879,113 @@ def test_counted_gflop_are_what_runs(out, way):
     with torch.no_grad():
         models = fks.Models(args, ["a red circle on white"])
         perform = partial(fks.perform, models, args, fks.plan(args)[0], 1.0, 0, 1)
-        row, _ = perform()
+        row, _, _ = perform()
         counted = common.gflop(perform)
     assert models.shares and models.rows["resumed velocity"]
     assert row["gflop_per_prompt"] == pytest.approx(counted, rel=1e-6)
+
+
+def test_the_generator_is_gone_before_scorers_are_loaded(out, monkeypatch):
+    """Prompts are encoded before all else is loaded; denoiser, VAE and values are freed at last."""
+    events = []
+    alive = []
+
+    def note(name, call, *args, **more):
+        result = call(*args, **more)
+        events.append(name)
+        if name == "values":
+            alive.extend(weakref.ref(m) for m in (args[1].transformer, args[1].vae, *result[0]))
+        return result
+
+    def score(*args):
+        assert len(alive) == 3 and not [m for m in alive if m()]
+        return score_images(*args)
+
+    score_images = fks.score_images
+    monkeypatch.setattr(fks, "score_images", partial(note, "scores", score))
+    monkeypatch.setattr(fks, "Reward", partial(note, "reward", fks.Reward))
+    monkeypatch.setattr(fks, "load_values", partial(note, "values", fks.load_values))
+    monkeypatch.setattr(fks, "steer", partial(note, "steps", fks.steer))
+    encode = common.Backbone.prompts
+    monkeypatch.setattr(
+        common.Backbone, "prompts", lambda *a, **k: note("prompts", encode, *a, **k)
+    )
+    argv = "--limit", "2", "--n", "2", "--methods", "fks+stitchvm", "--raw-lam", "20"
+    run(out, *argv, "--potential-value", "stitchvm")
+    assert events == ["prompts", "prompts", "reward", "values", "steps", "scores"]
+
+
+def test_the_flags_reach_the_models(out):
+    """--compile, and the dtype of the towers as of the denoiser."""
+    args = fks.parse_args(["--out", str(out), "--compile", "--dtype", "bfloat16"])
+    models = fks.Models(args, ["a red circle on white"])
+    assert models.backbone.compiles and models.backbone.dtype == models.rewards[0].dtype
+    assert models.spec["compile"] and "out" not in models.spec
+
+
+class Cut(Exception):
+    """Stands for a kill."""
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    """During the measurement of the spread, after it, at the end: the same table and pictures, no
+    part twice. Other flags or prompts are refused; without --resume nothing old is used."""
+    out = tmp_path / "run"
+    texts = tmp_path / "prompts.txt"
+    texts.write_text("a red circle on white\na blue square on black\na green circle on red\n")
+    more = "--n", "2", "--report", "best", "mean", "--methods", "bon", "fks", "--save-images"
+    argv = ["--prompts", str(texts), "--batch", "2", "--steps", "2", *more, "--scorers", "judge"]
+    parts = out / "06_fks.parts"
+    sample = fks.sample
+    left = [0]
+
+    def some(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Cut
+        return sample(*args)
+
+    def begun(n, *flags):
+        left[0] = n
+        with pytest.raises((Cut, SystemExit)) as e:
+            run(out, *argv, *flags)
+        return str(e.value)
+
+    def result():
+        table = json.loads((out / "06_fks.json").read_text())
+        for row in table["rows"]:
+            assert row.pop("s_per_prompt") > 0 and row.pop("s_spread") >= 0
+        images = [*out.glob("06_images/**/*.png"), out / "06_grid.png"]
+        keys = ("rows", "spread", "rewards_of_prompts", "gflop_per_row")
+        return [table[k] for k in keys], {p: p.read_bytes() for p in sorted(images)}
+
+    monkeypatch.setattr(fks, "sample", some)
+    spread = out / "06_spread.json"
+    left[0] = 9  # three parts each of the spread, of best of N and of steering
+    run(out, *argv)
+    whole = result()
+    assert left == [0] and not parts.exists()
+    for path in (spread, out / "06_fks.json", *whole[1]):
+        path.unlink()
+    parts.mkdir()
+    (parts / "bon_N=2_1.pt").write_text("of another run")
+    begun(1)
+    assert not spread.exists() and [p.name for p in parts.iterdir()] == ["spread_N=2_0.pt"]
+    begun(4, "--resume")
+    assert spread.exists() and [p.suffix for p in parts.iterdir()] == [".pt"] * 5
+    message = begun(9, "--resume", "--fk-every", "3")
+    assert "does not fit this run" in message and "fk_every" in message
+    same = texts.read_text()
+    texts.write_text(same.replace("red", "grey"))
+    assert "texts" in begun(9, "--resume")
+    texts.write_text(same)
+    with monkeypatch.context() as m:  # all parts are there, the scorers fail
+        m.delattr(fks, "score_images")
+        left[0] = 4
+        pytest.raises(NameError, run, out, *argv, "--resume")
+    assert left == [0] and len([*parts.iterdir()]) == 9
+    run(out, *argv, "--resume")
+    assert left == [0] and result() == whole and not parts.exists()
 
 
 MISUSE = {
