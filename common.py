@@ -519,6 +519,8 @@ class Reward:
         self.preprocess_cfg = PreprocessCfg(**known)
         self.file_transform = image_transform_v2(self.preprocess_cfg, is_train=False)
         self.size = np.ravel(self.preprocess_cfg.size)[0].item()
+        moments = torch.tensor([cfg["mean"], cfg["std"]]).view(2, 3, 1, 1)
+        self.moments = {d.type: moments.to(d) for d in (torch.device("cpu"), self.device)}
 
     @property
     def uses_text(self):
@@ -555,8 +557,7 @@ class Reward:
 
     def normalise(self, x):
         """(B, 3, s, s) in [0, 1] -> the tower's input."""
-        cfg = self.preprocess_cfg
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (cfg.mean, cfg.std))
+        mean, std = self.moments[x.device.type]
         return (x - mean) / std
 
     def embed(self, x):
@@ -1145,8 +1146,10 @@ def once(path, stage, spec, resume, work):
 
 def load_artifact(path, expect, maker):
     """Read an artefact; one whose spec is not as expected stops the run with a table of both."""
+    out = Path(path).parent
+    out = out.parent if out.suffix == ".parts" else out
     flags = [f"--{k} {shlex.quote(str(expect[k]))}" for k in ("backbone", "reward") if k in expect]
-    remake = " ".join(["python", maker, "--out", shlex.quote(str(Path(path).parent)), *flags])
+    remake = " ".join(["python", maker, "--out", shlex.quote(str(out)), *flags])
     if not Path(path).exists():
         fail(f"{path} does not exist; make it with: {remake}")
     try:
