@@ -37,6 +37,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import (
+    COUNT,
+    POSITIVE,
+    SHARE,
     Backbone,
     Reward,
     clean_reward,
@@ -59,6 +62,7 @@ from common import (
     score_images,
     stage_parser,
     value_files,
+    within,
     write_images,
 )
 
@@ -66,13 +70,12 @@ POLICIES = ("default", "average")  # adapters: trained; evaluated and written
 METHODS = ("draft-1", "draft-3", "alignprop", "draft-1+stitchvm", "draft-3+stitchvm")
 # flags that --resume may change
 FREE = ("out", "device", "methods", "value", "updates", "gflop", "scorers", "save_images")
-FREE += ("resume", "compile")
+FREE += ("checkpointing", "compile", "resume")
 MINI = dict(resolution=64, shift=1.0, methods=["draft-3", "draft-3+stitchvm"], batch=16)
-MINI |= dict(lr=5e-4, regularise=0.03, ema=0.9, gflop=2500)
-MINI |= dict(eval_limit=200, eval_every=32, eval_steps=20)
+MINI |= dict(lr=5e-4, regularise=0.03, ema=0.9, gflop=2500, eval_every=32, eval_steps=20)
 MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
 MINI |= dict(train_prompts="tests/mini/data/train_captions.json", train_limit=2000)
-MINI |= dict(eval_prompts="tests/mini/data/drawbench.txt")
+MINI |= dict(eval_prompts="tests/mini/data/drawbench.txt", eval_limit=200)
 PAPER = dict(resolution=512, updates=500, batch=8, accumulate=16, checkpointing=True)
 PRESETS = {"mini": MINI, "24gb": PAPER | dict(batch=1, accumulate=64), "paper": PAPER}
 
@@ -83,27 +86,27 @@ def parse_args(argv=None):
     add("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help="or another K")
     add("--value", nargs="+", metavar="FILE", help="value models, one for each reward of the sum")
     add("--train-prompts", help="text, JSON list, COCO's captions or GenEval's JSON lines")
-    add("--train-limit", type=int, help="of them, at most; SD 3.5: 2.7 MB each on the disk")
+    add("--train-limit", type=COUNT, help="of them, at most; SD 3.5: 2.7 MB each on the disk")
     add("--eval-prompts", help="held-out prompts; those among --train-prompts are not trained on")
-    add("--eval-limit", type=int, help="use this many of them at most")
-    add("--eval-every", type=int, default=50, help="updates between evaluations")
-    add("--eval-steps", type=int, default=40, help="Euler steps of an evaluation")
+    add("--eval-limit", type=COUNT, help="use this many of them at most")
+    add("--eval-every", type=COUNT, default=50, help="updates between evaluations")
+    add("--eval-steps", type=COUNT, default=40, help="Euler steps of an evaluation")
     add("--scorers", nargs="*", default=["clip", "hpsv2"], help="rewards that judge, too")
     add("--save-images", action="store_true", help="write the held-out images at every evaluation")
-    add("--updates", type=int, help="optimiser steps, at most")
-    add("--gflop", type=float, help="GFLOP of all processes together at which a method ends")
-    add("--steps", type=int, default=10, help="of a whole rollout")
+    add("--updates", type=COUNT, help="optimiser steps, at most")
+    add("--gflop", type=POSITIVE, help="GFLOP of all processes together at which a method ends")
+    add("--steps", type=within(int, 2), default=10, help="of a whole rollout")
     add("--grid", choices=("scheduler", "even"), default="scheduler", help="of noise levels")
-    add("--shift", type=float, help="of the noise levels; None: the scheduler's own")
-    add("--stop", type=int, nargs=2, default=[3, 7], help="steps after which +stitchvm stops")
-    add("--regularise", type=float, default=0.01, help="lam, weight of the distance to the base")
-    add("--rank", type=int, default=32, help="of the LoRA")
-    add("--alpha", type=float, default=64, help="of the LoRA")
-    add("--lr", type=float, default=5e-5, help="of AdamW, without weight decay")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--ema", type=float, default=0.99, help="decay of the average that is evaluated")
-    add("--batch", type=int, default=16, help="prompts of a micro-batch")
-    add("--accumulate", type=int, default=1, help="micro-batches of an update, of all processes")
+    add("--shift", type=POSITIVE, help="of the noise levels; None: the scheduler's own")
+    add("--stop", type=COUNT, nargs=2, default=[3, 7], help="steps after which +stitchvm stops")
+    add("--regularise", type=within(float, 0), default=0.01, help="lam, of the distance to base")
+    add("--rank", type=COUNT, default=32, help="of the LoRA")
+    add("--alpha", type=POSITIVE, default=64, help="of the LoRA")
+    add("--lr", type=POSITIVE, default=5e-5, help="of AdamW, without weight decay")
+    add("--clip", type=POSITIVE, default=1.0, help="largest norm of the gradient")
+    add("--ema", type=SHARE, default=0.99, help="decay of the average that is evaluated")
+    add("--batch", type=COUNT, default=16, help="prompts of a micro-batch")
+    add("--accumulate", type=COUNT, default=1, help="micro-batches of an update, of all processes")
     switch = argparse.BooleanOptionalAction
     add("--checkpointing", action=switch, default=False, help="less memory, a forward pass more")
     add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
@@ -145,16 +148,14 @@ def draft_loss(velocity, base, score, z, grid, stop, keep, lam):
     return lam * distance - value, value.detach(), distance.detach()
 
 
-def draw_rollout(keep, stops, steps, draw):
-    """(stop, keep) of a micro-batch: stop uniform in stops, both included, or None: steps.
+def draw_rollout(keep, stops, draw):
+    """(stop, keep) of a micro-batch: stop uniform in stops = (first, last).
 
-    keep None: AlignProp's, uniform in 1..steps-1.
+    keep None: AlignProp's, uniform in 1..stop-1.
     """
-    stop = steps
-    if stops is not None:
-        stop = int(torch.randint(stops[0], stops[1] + 1, (), generator=draw))
+    stop = int(torch.randint(stops[0], stops[1] + 1, (), generator=draw))
     if keep is None:
-        keep = int(torch.randint(1, steps, (), generator=draw))
+        keep = int(torch.randint(1, stop, (), generator=draw))
     return stop, keep
 
 
@@ -247,9 +248,10 @@ def split_prompts(args):
     if not args.train_prompts or not args.eval_prompts:
         fail("--train-prompts FILE and --eval-prompts FILE are needed")
     held_out = load_prompts(args.eval_prompts, args.eval_limit)
-    pool = {r["prompt"] for r in load_prompts(args.train_prompts)} - {r["prompt"] for r in held_out}
+    apart = {r["prompt"] for r in held_out}
+    pool = sorted({r["prompt"] for r in load_prompts(args.train_prompts)} - apart)
     order = torch.randperm(len(pool), generator=generator(args.seed, "pool"))[: args.train_limit]
-    return [sorted(pool)[k] for k in order], held_out
+    return [pool[k] for k in order], held_out
 
 
 def noise_levels(backbone, args):
@@ -276,11 +278,6 @@ def settings(method, args):
 
 def check(args):
     """{method: its settings}; refuses what cannot be run, in one sentence."""
-    names = ("rank", "batch", "accumulate", "eval_every", "eval_steps", "updates", "gflop", "shift")
-    for name in ("steps", *names):
-        value = getattr(args, name)
-        if value is not None and value <= (name == "steps"):
-            fail(f"--{name.replace('_', '-')} is {value}, which is too small")
     low, high = args.stop
     methods = {name: settings(name, args) for name in args.methods}
     if any(m["stops"] for m in methods.values()) and not 1 <= low <= high <= args.steps:
@@ -296,10 +293,9 @@ def load(args, methods, accelerator):
     processes = accelerator.num_processes
     if args.accumulate % processes:
         fail(f"--accumulate {args.accumulate} cannot be shared out to {processes} processes")
-    least = max(2, processes)
-    if not pool or len(held_out) < least:
+    if not pool or len(held_out) < max(2, processes):
         found = f"{len(pool)} prompts to train on and {len(held_out)} held out"
-        fail(f"{found}: at least 1 and {least} are needed")
+        fail(f"{found}: 1 and 2 are needed, and one held out for each process")
     names = args.reward.split("+")
     files = value_files(args, names) if any(m["stops"] for m in methods.values()) else []
     dtype = getattr(torch, args.dtype)
@@ -330,9 +326,7 @@ def load(args, methods, accelerator):
     run.spec = {k: v for k, v in vars(args).items() if k not in FREE}
     run.about = [dict(stage=a["stage"], id=a["id"]) for a in artifacts]
     start = dict(update=0, seconds=0.0, gflop=0.0, points=[])
-    size = (
-        f"{args.batch} prompts x {args.accumulate} micro-batches, shared by {processes} processes"
-    )
+    size = f"{args.batch} prompts x {args.accumulate} micro-batches, {processes} processes"
     accelerator.print(f"an update: {size}; {len(pool)} prompts to train on")
     run.base = cache(partial(report, run, args, start, args.methods[0]))  # one for all methods
     return run
@@ -358,12 +352,12 @@ def costs(run, args, method, keep):
 
 def gradient(run, args, method, update):
     """Leave an update's gradient in p.grad; its rollouts' (stop, keep); loss, score, distance."""
-    law = run.methods[method]["keep"], run.methods[method]["stops"], args.steps
+    stops = run.methods[method]["stops"] or (args.steps, args.steps)
     drawn = []
     sums = torch.zeros(3, device=run.device)
     for k in range(args.accumulate):
         draw = generator(args.seed, "update", update, k)
-        drawn.append(draw_rollout(*law, draw))
+        drawn.append(draw_rollout(run.methods[method]["keep"], stops, draw))
         if k % run.accelerator.num_processes != run.accelerator.process_index:
             continue  # another's
         prompts = torch.randint(run.pool, (args.batch,), generator=draw)
@@ -481,8 +475,8 @@ def main(args):
         return
     rows, rewards, shown = zip(*points, strict=True)
     print_table(rows, [k for k in rows[-1] if not k.endswith("_se")])
-    about = dict(rewards_of_prompts=rewards, grid=run.grid, values=run.about)
-    save_table(args, "07_draft", rows, **about)
+    about = dict(grid=run.grid, values=run.about)
+    save_table(args, "07_draft", rows, rewards_of_prompts=rewards, **about)
     scores = [k for k in rows[0] if f"{k}_se" in rows[0]]
     draw_lines(rows, "gflop", scores, "method", Path(args.out, "07_curves.png"))
     labels = [f"{r['method']}, update {r['update']}" for r in rows]

@@ -10,7 +10,8 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.3, App. D.3, E.5, Eqs. (65)-(77), Fig
                       z_tau that of z_0: z_t = a z_tau + s eps, u = a' z_tau + s' eps    (72)-(77)
 Reads   value.pt (03) of each reward; prompts to train on, held-out prompts to report on
 Writes  out/08_nft.json, out/08_curves.png, out/08_grid.png; out/<method>/: the averaged LoRA,
-        pytorch_lora_weights.safetensors, and 08_nft.train, where --resume goes on
+        pytorch_lora_weights.safetensors for diffusers, adapter_config.json and
+        adapter_model.safetensors for peft, and 08_nft.train, where --resume goes on
 Run     python 08_nft.py
         python 08_nft.py --methods nft+stitchvm --stop 2 12 --out runs/early --value FILE
         accelerate launch 08_nft.py --preset paper --train-prompts FILE --eval-prompts FILE
@@ -20,18 +21,24 @@ Departs from the paper: --loss official measures errors in z_0 or z_tau, over th
 """
 
 import copy
+import json
 import math
 import warnings
+from datetime import timedelta
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import (
+    COUNT,
+    POSITIVE,
+    SHARE,
     Backbone,
     Reward,
     clean_reward,
@@ -55,17 +62,19 @@ from common import (
     stage_parser,
     tweedie,
     value_files,
+    within,
     write_images,
 )
 
 METHODS = ("nft", "nft+stitchvm")
 POLICIES = ("default", "old", "average")  # adapters: trained, sampled from, evaluated and written
 POSITION = ("method", "update", "seconds", "gflop")
-FREE = ("out", "device", "methods", "value", "resume")  # flags that --resume may change
+# flags that --resume may change
+FREE = ("out", "device", "methods", "value", "batch", "checkpointing", "compile", "resume")
 MINI = dict(resolution=64, shift=1.0, prompts=8, images=8, train_times=8, batch=64, lr=1e-3)
 MINI |= dict(kl=0.3, kl_stitchvm=0.1, gflop=3500, eval_limit=200, eval_every=6, eval_steps=25)
 MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
-MINI |= dict(train_prompts="tests/mini/data/train_captions.json")
+MINI |= dict(train_prompts="tests/mini/data/train_captions.json", train_limit=1000)
 MINI |= dict(eval_prompts="tests/mini/data/drawbench.txt")
 SMALL = dict(resolution=512, prompts=8, images=12, batch=4, checkpointing=True, updates=200)
 SMALL |= dict(eval_limit=100, eval_every=20)
@@ -76,39 +85,40 @@ PRESETS = {"mini": MINI, "24gb": SMALL, "paper": PAPER}
 def parse_args(argv=None):
     p = stage_parser(__file__, __doc__, PRESETS)
     add = p.add_argument
-    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="one after another")
     add("--value", nargs="+", metavar="FILE", help="value models, one for each reward of the sum")
     add("--train-prompts", help="text, JSON list, COCO's captions or GenEval's JSON lines")
-    add("--train-limit", type=int, default=1000, help="use this many of them at most")
+    add("--train-limit", type=COUNT, help="of them, at most; SD 3.5: 2.7 MB each on the disk")
     add("--eval-prompts", help="held-out prompts; those among --train-prompts are not trained on")
-    add("--eval-limit", type=int, default=200, help="use this many of them at most")
-    add("--eval-every", type=int, default=30, help="updates between evaluations")
-    add("--eval-steps", type=int, default=40, help="Euler steps of an evaluation")
+    add("--eval-limit", type=COUNT, default=200, help="use this many of them at most")
+    add("--eval-every", type=COUNT, default=30, help="updates between evaluations")
+    add("--eval-steps", type=COUNT, default=40, help="Euler steps of an evaluation")
     add("--scorers", nargs="*", default=["clip", "hpsv2"], help="rewards that judge, too")
     add("--save-images", action="store_true", help="write the held-out images at every evaluation")
-    add("--prompts", type=int, default=48, help="of an update, over all processes")
-    add("--images", type=int, default=24, help="of a prompt, its group")
-    add("--updates", type=int, help="optimiser steps, at most; the paper's hours allow about 300")
-    add("--gflop", type=float, help="GFLOP of all processes together at which a method ends")
-    add("--steps", type=int, default=25, help="of the solver (D.3: 25)")
-    add("--shift", type=float, help="of the noise levels; None: the scheduler's own")
-    add("--stop", type=int, nargs=2, default=[12, 17], help="steps after which nft+stitchvm stops")
-    add("--train-times", type=int, default=24, help="noise levels that an image is trained at")
+    add("--prompts", type=COUNT, default=48, help="of an update, over all processes")
+    add("--images", type=within(int, 2), default=24, help="of a prompt, its group")
+    add("--updates", type=COUNT, help="optimiser steps, at most; the paper's hours allow about 300")
+    add("--gflop", type=POSITIVE, help="GFLOP of all processes together at which a method ends")
+    add("--steps", type=COUNT, default=25, help="of the solver (D.3: 25)")
+    add("--shift", type=POSITIVE, help="of the noise levels; None: the scheduler's own")
+    add("--stop", type=COUNT, nargs=2, default=[12, 17], help="steps after which +stitchvm stops")
+    add("--train-times", type=COUNT, default=24, help="noise levels that an image is trained at")
     add("--loss", choices=("official", "paper"), default="official", help="[D9]; see --kl")
-    add("--beta", type=float, default=0.1, help="of (68), (69) (official: .1; 1 for one reward)")
-    add("--kl", type=float, default=1e-4, help="weight of |v - v_base|^2 in --loss official")
-    add("--kl-stitchvm", type=float, default=1e-4, help="the same for nft+stitchvm")
-    add("--adv-clip", type=float, default=5.0, help="standard deviations at which rho is 0 or 1")
+    add("--beta", type=POSITIVE, default=0.1, help="of (68), (69) (official: .1; 1 for one reward)")
+    add("--kl", type=within(float, 0), default=1e-4, help="weight of |v - v_base|^2, if official")
+    add("--kl-stitchvm", type=within(float, 0), default=1e-4, help="the same for nft+stitchvm")
+    add("--adv-clip", type=POSITIVE, default=5.0, help="standard deviations at which rho is 0 or 1")
     add("--decay", type=int, choices=(0, 1, 2), default=1, help="eta: 0; to .5; 0, then to .999")
-    add("--eta", type=float, help="a constant eta, instead of --decay")
-    add("--rank", type=int, default=32, help="of the LoRA")
-    add("--alpha", type=float, default=64, help="of the LoRA")
-    add("--lr", type=float, default=3e-4, help="of AdamW")
-    add("--weight-decay", type=float, default=1e-4, help="of AdamW")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--ema", type=float, default=0.9, help="decay of the average that is evaluated and written")
-    add("--batch", type=int, default=8, help="latents at a time; the update does not depend on it")
+    add("--eta", type=SHARE, help="a constant eta, instead of --decay")
+    add("--rank", type=COUNT, default=32, help="of the LoRA")
+    add("--alpha", type=POSITIVE, default=64, help="of the LoRA")
+    add("--lr", type=POSITIVE, default=3e-4, help="of AdamW")
+    add("--weight-decay", type=within(float, 0), default=1e-4, help="of AdamW")
+    add("--clip", type=POSITIVE, default=1.0, help="largest norm of the gradient")
+    add("--ema", type=SHARE, default=0.9, help="decay of the average that is evaluated and written")
+    add("--batch", type=COUNT, default=8, help="latents at a time; any gives the same update")
     add("--checkpointing", action="store_true", help="less memory, a third more work in training")
+    add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
     add("--resume", action="store_true", help="go on from <out>/<method>/08_nft.train")
     return parse_stage(p, PRESETS, argv)
 
@@ -139,22 +149,22 @@ def optimality(r, clip=5.0):
     return 0.5 + 0.5 * (advantage / clip).clamp(-1, 1)
 
 
-def nft_loss(v, v_old, u, rho, beta=1.0, scale=None):
-    """(68)-(70) of each sample (B,); v, v_old, u (B, ...), rho (B,).
+def nft_loss(v, v_old, u, rho, beta=1.0, scale=None, clip=5.0):
+    """(68)-(70) of each sample (B,); v, v_old, u (B, ...), rho (B,) of optimality(r, clip).
 
-    scale (B,): the official form, errors of the anchor over their mean size, times 5 / beta.
+    scale (B,): the official form, errors of the anchor over their mean size, times clip / beta.
     """
     # v = v_old and rho = 1/2 give a gradient of exactly 0, no rounding error for Adam to blow up
     move = beta * (v - v_old)
     parts = []
     for e in (v_old - u + move, v_old - u - move):
         e = e.flatten(1) if scale is None else scale[:, None] * e.flatten(1)
-        weight = 5 / beta / e.detach().abs().mean(1).clamp(min=1e-5)
+        weight = clip / beta / e.detach().abs().mean(1).clamp(min=1e-5)
         parts.append((1.0 if scale is None else weight) * e.square().mean(1))
     return rho * parts[0] + (1 - rho) * parts[1]
 
 
-def train_loss(velocity, z_tau, tau, eps, t, rho, form="official", beta=1.0, kl=0.0):
+def train_loss(velocity, z_tau, tau, eps, t, rho, form="official", beta=1.0, kl=0.0, clip=5.0):
     """The loss and the penalty (B,) of anchors z_tau (B, ...); tau, t, rho (B,).
 
     velocity(policy, z, t): policy 'default', which is trained, 'old', or None, the base model.
@@ -166,7 +176,7 @@ def train_loss(velocity, z_tau, tau, eps, t, rho, form="official", beta=1.0, kl=
     v = velocity("default", z, t)  # last: the adapter of the backward pass must be the active one
     scale = anchor_scale(t, tau) if form == "official" else None
     penalty = (v - v_base).square().flatten(1).mean(1) if kl else torch.zeros_like(t)
-    return nft_loss(v, v_old, u, rho, beta, scale), kl * penalty
+    return nft_loss(v, v_old, u, rho, beta, scale, clip), kl * penalty
 
 
 def old_decay(update, schedule=1):
@@ -186,15 +196,15 @@ def multistep(z, x0, x0_last, grid, k):
 
 
 def rollout(velocity, z, grid, stop):
-    """z (B, ...) at grid[0] -> z at grid[stop], stop (B,), along the ODE.
+    """z (B, ...) at grid[0] -> z at grid[stop] along the ODE; stop (B,) ascends, on the CPU.
 
-    velocity(z, sigma, rows) is asked for the rows that go on.
+    velocity(z, sigma, rows) is asked for the rows that go on, a slice.
     """
     z = z.clone()
     x0_last = torch.zeros_like(z)
-    for k in range(int(stop.max())):
-        rows = (stop > k).nonzero()[:, 0]
-        sigma = torch.full((len(rows),), grid[k], device=z.device, dtype=z.dtype)
+    for k in range(int(stop[-1])):
+        rows = slice(int((stop <= k).sum()), None)
+        sigma = z.new_full((len(z[rows]),), grid[k])
         x0 = tweedie(z[rows], velocity(z[rows], sigma, rows), sigma)
         z[rows] = multistep(z[rows], x0, x0_last[rows], grid, k)
         x0_last[rows] = x0
@@ -218,18 +228,18 @@ def policy_velocity(backbone, condition, checkpointing=False):
 
 def own_prefixes(values):
     """Let values read a copy that gets no LoRA, of the same weights. Call it before add_lora."""
-    read = {v.transformer for v in values}
-    memo = {id(x): x for t in read for x in (*t.parameters(), *t.buffers())}
+    memo = {}
     for v in values:
+        memo |= {id(x): x for x in (*v.transformer.parameters(), *v.transformer.buffers())}
         v.__dict__["transformer"] = copy.deepcopy(v.transformer, memo)  # one copy for all
 
 
 def add_lora(transformer, rank, alpha, name):
-    """The float32 parameters of a new LoRA, 0 at first, on all attention projections (D.3)."""
+    """The float32 parameters of a new LoRA, 0 at first, on all joint attention's projections."""
     from peft import LoraConfig
 
     warnings.filterwarnings("ignore", "Already found a .peft_config")  # the one before is meant
-    targets = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     start = dict(init_lora_weights="gaussian", target_modules=targets)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, **start), name)
     added = [p for n, p in transformer.named_parameters() if f".{name}." in n]
@@ -239,7 +249,7 @@ def add_lora(transformer, rank, alpha, name):
 
 
 def save_lora(backbone, folder, name):
-    """<folder>/pytorch_lora_weights.safetensors, which pipe.load_lora_weights(folder) reads."""
+    """What pipe.load_lora_weights(folder) reads, and PeftModel.from_pretrained(model, folder)."""
     import diffusers
     from peft.utils import get_peft_model_state_dict
 
@@ -250,20 +260,26 @@ def save_lora(backbone, folder, name):
     data = dict(transformer_lora_layers=layers, transformer_lora_adapter_metadata=about)
     with replacing(Path(folder, "pytorch_lora_weights.safetensors")) as temporary:
         pipeline.save_lora_weights(folder, weight_name=temporary.name, **data)
+    with replacing(Path(folder, "adapter_model.safetensors")) as temporary:
+        save_file({f"base_model.model.{k}": v for k, v in layers.items()}, temporary)
+    with replacing(Path(folder, "adapter_config.json")) as temporary:
+        temporary.write_text(json.dumps(about))
 
 
 @torch.no_grad()
 def evaluate(backbone, condition, noise, grid, batch):
     """uint8 images (N, 3, H, W) of noise (N, C, h, w), by the ODE without guidance."""
     images = []
+    finite = True
     for rows in torch.arange(len(noise)).split(batch):
         z, *part = (v[rows].to(backbone.device) for v in (noise, *condition))
         for t, t_next in pairwise(grid):
             sigma = torch.full((len(z),), t, device=z.device)
             z = z + (t_next - t) * backbone.velocity(z, sigma, part)
-        if not z.isfinite().all():
-            fail("samples became NaN or infinite: start again with a lower --lr")
-        images.append((backbone.decode(z) * 255).round().to(torch.uint8).cpu())
+        finite = z.isfinite().all() & finite
+        images.append((backbone.decode(z) * 255).round().to(torch.uint8))
+    if not finite:
+        fail("samples became NaN or infinite: start again with a lower --lr")
     return torch.cat(images)
 
 
@@ -272,9 +288,10 @@ def split_prompts(args):
     if not args.train_prompts or not args.eval_prompts:
         fail("--train-prompts FILE and --eval-prompts FILE are needed")
     held_out = load_prompts(args.eval_prompts, args.eval_limit)
-    pool = {r["prompt"] for r in load_prompts(args.train_prompts)} - {r["prompt"] for r in held_out}
+    apart = {r["prompt"] for r in held_out}
+    pool = sorted({r["prompt"] for r in load_prompts(args.train_prompts)} - apart)
     order = torch.randperm(len(pool), generator=generator(args.seed, "pool"))[: args.train_limit]
-    return [sorted(pool)[k] for k in order], held_out
+    return [pool[k] for k in order], held_out
 
 
 def check(args):
@@ -282,13 +299,6 @@ def check(args):
     args.train_times = min(args.train_times, max(1, int(0.99 * args.steps)))  # as official
     if args.loss == "paper":
         args.kl = args.kl_stitchvm = 0.0
-    names = ("prompts", "updates", "steps", "train_times", "batch", "eval_every", "eval_steps")
-    for name in (*names, "rank", "gflop", "shift"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-    if args.images < 2:
-        fail(f"--images {args.images}: a group needs two at least, compared with their mean")
     low, high = args.stop
     if "nft+stitchvm" in args.methods and not 1 <= low <= high <= args.steps:
         fail(f"--stop {low} {high} must lie in order between 1 and --steps {args.steps}")
@@ -305,17 +315,19 @@ def load(args, accelerator):
         fail(f"{found}: --prompts {args.prompts} and 2 are needed, and one for each process")
     names = args.reward.split("+")
     files = value_files(args, names) if "nft+stitchvm" in args.methods else []
-    backbone = Backbone(args.backbone, args.preset, args.device, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    backbone = Backbone(args.backbone, args.preset, args.device, dtype, args.compile)
     if args.shift is not None:
         backbone.set_shift(args.shift)
     run = SimpleNamespace(accelerator=accelerator, backbone=backbone, device=backbone.device)
     run.pool = len(pool)
     run.held_out = held_out
     texts = [*pool, *(r["prompt"] for r in held_out)]
-    folder = args.out if accelerator.is_main_process else None
-    run.condition = [v.cpu() for v in backbone.prompts(texts, folder)]
-    run.rewards = [Reward(name, args.preset, args.device) for name in names]
-    run.texts = [reward.text(pool) for reward in run.rewards]
+    with accelerator.main_process_first():  # the others read its file
+        run.condition = backbone.prompts(texts, args.out)
+    run.rewards = [Reward(name, args.preset, args.device, dtype) for name in names]
+    texts = [reward.text(pool) for reward in run.rewards]
+    run.texts = [t if t is None else t.cpu() for t in texts]
     read = run.rewards[: len(files)]  # nft alone needs no value
     run.values, artifacts = load_values(files, backbone, read, args.resolution)
     own_prefixes(run.values)
@@ -325,7 +337,7 @@ def load(args, accelerator):
     run.shape = backbone.latent_shape(args.resolution)
     run.grid = backbone.grid(args.steps, args.resolution)
     run.costs = unit_costs(run, args)
-    run.spec = {k: v for k, v in vars(args).items() if k not in FREE} | dict(processes=processes)
+    run.spec = {k: v for k, v in vars(args).items() if k not in FREE}
     run.about = [dict(stage=a["stage"], id=a["id"]) for a in artifacts]
     start = dict(method=args.methods[0], update=0, seconds=0.0, gflop=0.0, points=[])
     run.base = cache(partial(report, run, args, start, args.methods[0]))  # one for all methods
@@ -335,7 +347,7 @@ def load(args, accelerator):
 def chosen(run, index):
     """Condition and each reward's texts of these training prompts."""
     condition = [v[index].to(run.device) for v in run.condition]
-    return condition, [t if t is None else t[index] for t in run.texts]
+    return condition, [t if t is None else t[index].to(run.device) for t in run.texts]
 
 
 def noises(run, *keys):
@@ -373,17 +385,21 @@ def sample_groups(run, args, method, update):
     prompt, stop = (v[ids // args.images] for v in (prompts, stops))
     tau = torch.tensor(run.grid)[stop]
     keys = [(args.seed, "rollout", update, *divmod(i, args.images)) for i in ids.tolist()]
-    z_tau = noises(run, *keys)
-    for part in stop.argsort(stable=True).split(args.batch):
+    order = stop.argsort(stable=True)
+    found = []
+    for part in order.split(args.batch):
         condition, texts = chosen(run, prompt[part])
         velocity = partial(policy_velocity(run.backbone, condition), "old")
-        z = rollout(velocity, z_tau[part].to(run.device), run.grid, stop[part].to(run.device))
+        z = noises(run, *(keys[n] for n in part)).to(run.device)
+        z = rollout(velocity, z, run.grid, stop[part])
         if method == "nft":
             score = clean_reward(run.rewards, texts, run.backbone.decode(z))
         else:
             score = joint_value(run.values, z, tau[part].to(run.device), texts)[0]
-        z_tau[part] = z.cpu()
-        r.view(-1)[ids[part]] = score.float()
+        found.append((z, score.float()))
+    z_tau, score = (torch.cat(x) for x in zip(*found, strict=True))
+    z_tau = z_tau.cpu()[order.argsort()]
+    r.view(-1)[ids[order]] = score
     return stops, run.accelerator.reduce(r, "sum"), (ids, prompt, stop, tau, z_tau)
 
 
@@ -404,7 +420,7 @@ def train_on(run, args, update, images, rho, kl):
         batch = (z_tau[n], tau[n], eps, torch.tensor(run.grid)[k], rho.cpu().view(-1)[ids[n]])
         batch = [v.to(run.device) for v in batch]
         velocity = policy_velocity(run.backbone, chosen(run, prompt[n])[0], args.checkpointing)
-        losses = torch.stack(train_loss(velocity, *batch, args.loss, args.beta, kl))
+        losses = torch.stack(train_loss(velocity, *batch, args.loss, args.beta, kl, args.adv_clip))
         losses = losses * weight[n].to(run.device)
         losses.sum().backward()
         sums += losses.detach().sum(1)
@@ -418,13 +434,13 @@ def report(run, args, state, method):
     run.backbone.transformer.set_adapter("average")
     n = len(run.held_out)
     noise = noises(run, *((args.seed, "evaluate", k) for k in range(n)))
-    share = torch.arange(n)[run.accelerator.process_index :: run.accelerator.num_processes]
+    share = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
     condition = [v[run.pool :][share] for v in run.condition]
     grid = run.backbone.grid(args.eval_steps, args.resolution)
     part = evaluate(run.backbone, condition, noise[share], grid, args.batch)
-    images = torch.zeros(n, *part.shape[1:], dtype=torch.uint8)
+    images = part.new_zeros(n, *part.shape[1:])
     images[share] = part
-    images = run.accelerator.reduce(images.to(run.device), "sum").cpu()
+    images = run.accelerator.reduce(images, "sum").cpu()
     prompts = [r["prompt"] for r in run.held_out]
     scores = score_images(args.scorers, run.rewards, args.preset, run.device, images, prompts)
     first = state["points"][0][1] if state["points"] else scores["reward"].tolist()
@@ -510,9 +526,11 @@ def ended(state, args):
 
 def main(args):
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     check(args)
-    run = load(args, Accelerator(cpu=args.device == "cpu"))
+    wait = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process encodes all prompts
+    run = load(args, Accelerator(cpu=args.device == "cpu", kwargs_handlers=[wait]))
     methods = [m for m in METHODS if m in args.methods]
     if args.resume and not any(Path(args.out, m, "08_nft.train").exists() for m in methods):
         fail(f"{args.out}/{methods[0]}/08_nft.train does not exist; start without --resume")

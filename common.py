@@ -327,8 +327,10 @@ class Backbone:
         transformer = self.load("transformer", self.dtype)
         if i is not None:
             keep_blocks(transformer, i)
-        for block in dit_blocks(transformer) if self.compiles else ():
-            block.compile()
+        if self.compiles:
+            torch._dynamo.config.recompile_limit = 64  # of all blocks together: they are one code
+            for block in dit_blocks(transformer):
+                block.compile()
         return transformer.to(self.device)
 
     @cached_property

@@ -2,6 +2,7 @@
 is, laws and budgets, and short runs as a user runs them."""
 
 import argparse
+import contextlib
 import copy
 import importlib
 import json
@@ -14,20 +15,34 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import children
+import diffusers
+import price
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from test_common import NULL, small_sd3, small_value, two_rewards
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 
 draft = importlib.import_module("07_draft")
 GRID = [1.0, 0.9, 0.75, 0.5, 0.2, 0.0]
+
+
+class Asked(TorchDispatchMode):
+    """How often a tensor's number is asked for, which on a GPU waits for all work under way."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)
@@ -85,15 +100,15 @@ def test_rollout_is_the_schedulers():
 
 
 def test_another_shift():
-    """Without a shift diffusers' grid is even down to its smallest level; the pipeline's own 3
-    stays where no flag says otherwise."""
+    """Without a shift diffusers' grid is even down to its smallest level, FLUX's down to 0; the
+    pipeline's own 3 stays where no flag says otherwise."""
     backbone, flux = common.Backbone("sd3.5-medium"), common.Backbone("flux")
     assert backbone.grid(10, 64)[5] == pytest.approx(0.7073, abs=1e-3)
     for each in (backbone, flux):
         each.set_shift(1.0)
     expected = [*torch.linspace(1, 0.001, 10).tolist(), 0]
     assert backbone.grid(10, 64) == pytest.approx(expected, abs=1e-6)
-    assert flux.grid(10, 64) == pytest.approx(backbone.grid(10, 64), abs=1e-6)
+    assert flux.grid(10, 64) == pytest.approx([1 - k / 10 for k in range(11)], abs=1e-6)
 
 
 def test_noise_levels():
@@ -380,11 +395,11 @@ def test_the_cost_of_a_rollout_is_the_counted_one(
 # ---------------------------------------------------------------------------- laws
 EVERY = [(10, k) for k in range(1, 10)]
 LAWS = [
-    ((1, None, 10), [(10, 1)]),
-    ((3, None, 10), [(10, 3)]),
-    ((1, (3, 7), 10), [(k, 1) for k in range(3, 8)]),
-    ((3, (3, 7), 10), [(k, 3) for k in range(3, 8)]),
-    ((None, None, 10), EVERY),
+    ((1, (10, 10)), [(10, 1)]),
+    ((3, (10, 10)), [(10, 3)]),
+    ((1, (3, 7)), [(k, 1) for k in range(3, 8)]),
+    ((3, (3, 7)), [(k, 3) for k in range(3, 8)]),
+    ((None, (10, 10)), EVERY),
 ]
 
 
@@ -402,14 +417,14 @@ def test_laws_of_stop_and_truncation(args, expected):
 
 # ---------------------------------------------------------------------------- LoRA and evaluation
 def test_add_lora(base):
-    """The eight projections of every block, the second attention included; zero at the start,
+    """The eight projections of every block, the second attention left out; zero at the start,
     float32 also on half precision, all else frozen."""
     half = copy.deepcopy(base).bfloat16()
     parameters = draft.add_lora(half, 4, 8)
     names = [n for n, p in half.named_parameters() if p.requires_grad]
     # the last block has no to_add_out
-    assert len(parameters) == len(names) == 2 * (8 * 4 - 1 + 4 * 2)
-    assert all(".lora_" in n for n in names)
+    assert len(parameters) == len(names) == 2 * (8 * 4 - 1)
+    assert all(".lora_" in n and ".attn." in n for n in names)
     assert all(p.dtype == torch.float32 for p in parameters)
     assert next(half.parameters()).dtype == torch.bfloat16
     assert all(not p.any() for n, p in half.named_parameters() if "lora_B" in n)
@@ -417,6 +432,17 @@ def test_add_lora(base):
     z, condition, _ = batch()
     u = common.velocity(half, z, torch.full((2,), 0.5), condition)
     assert u.dtype == z.dtype and torch.isfinite(u).all()
+
+
+@pytest.mark.parametrize(
+    "name, count", [("sd3.5-medium", 191), ("sd3.5-large", 303), ("flux", 19 * 8 + 38 * 3)]
+)
+def test_adapted_modules_of_published_models(name, count):
+    """Of SD 3.5 Medium as many as official DiffusionNFT adapts; FLUX's single blocks have three."""
+    kind, config, *_ = price.CONFIGS[name]
+    with torch.device("meta"):
+        transformer = getattr(diffusers, kind)(**config)
+        assert len(draft.add_lora(transformer, 4, 8)) == 2 * count
 
 
 def test_the_base_velocity_is_without_the_lora(base, rewards):
@@ -439,14 +465,16 @@ def test_the_base_velocity_is_without_the_lora(base, rewards):
 
 
 def test_evaluate_keeps_noise_and_prompt_together():
-    """Whatever the batch; a sample that overflows stops the run in one sentence."""
+    """Whatever the batch; a sample that overflows stops the run in one sentence. The device is
+    asked once, at the end."""
     backbone = SimpleNamespace(device=torch.device("cpu"), decode=lambda z: z[:, :3].sigmoid())
     backbone.velocity = lambda z, sigma, c: z - c[0][:, :, None, None]
     condition = [torch.arange(5.0)[:, None].expand(5, 3), torch.zeros(5, 1)]
     noise = torch.randn(5, 3, 4, 4)
     run = partial(draft.evaluate, backbone, condition, noise, [1.0, 0.5, 0.0])
-    images = run(2)
-    assert torch.equal(images, run(5)) and images.dtype == torch.uint8
+    with Asked() as asked:
+        images = run(2)
+    assert torch.equal(images, run(5)) and images.dtype == torch.uint8 and asked.count == 1
     x = noise.clone()
     for _ in range(2):
         x = x - 0.5 * (x - condition[0][:, :, None, None])
@@ -456,14 +484,18 @@ def test_evaluate_keeps_noise_and_prompt_together():
         run(2)
 
 
-def test_prompts_to_evaluate_on_are_not_trained_on(tmp_path):
-    """Also where one file holds both; a prompt that is there twice counts once."""
+@pytest.mark.parametrize("stage", ["07_draft", "08_nft"])
+def test_prompts_to_evaluate_on_are_not_trained_on(tmp_path, monkeypatch, stage):
+    """Also where one file holds both; a prompt that is there twice counts once. They are sorted
+    once, for there may be a hundred thousand."""
+    stage, calls = importlib.import_module(stage), []
+    monkeypatch.setattr(stage, "sorted", lambda x: calls.append(1) or sorted(x), raising=False)
     prompts = ["a red circle", "a blue ring", "a red circle", "two stars", "a ring"]
     (tmp_path / "p.txt").write_text("\n".join(prompts))
     (tmp_path / "e.txt").write_text("a blue ring\na ring\n")
     flags = ["--train-prompts", f"{tmp_path}/p.txt", "--eval-prompts", f"{tmp_path}/e.txt"]
-    pool, held_out = draft.split_prompts(draft.parse_args(flags))
-    assert sorted(pool) == ["a red circle", "two stars"]
+    pool, held_out = stage.split_prompts(stage.parse_args(flags))
+    assert sorted(pool) == ["a red circle", "two stars"] and len(calls) == 1
     assert held_out == [{"prompt": "a blue ring"}, {"prompt": "a ring"}]
 
 
@@ -471,7 +503,7 @@ def test_coco_captions_are_prompts(tmp_path):
     captions = [dict(image_id=0, caption=c) for c in ("a red circle", "a ring")]
     (tmp_path / "c.json").write_text(json.dumps(dict(images=[], annotations=captions)))
     found = common.load_prompts(f"{tmp_path}/c.json")
-    assert found == [{"prompt": "a red circle"}, {"prompt": "a ring"}]
+    assert [r["prompt"] for r in found] == ["a red circle", "a ring"]
     (tmp_path / "d.json").write_text(json.dumps(dict(images=[])))
     with pytest.raises(SystemExit, match="is no list of prompts"):
         common.load_prompts(f"{tmp_path}/d.json")
@@ -511,6 +543,67 @@ def without_seconds(rows):
     return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
 
 
+@pytest.fixture
+def loaded(monkeypatch, tmp_path):
+    """What the stage loads for draft-1, in a process of one or more."""
+    monkeypatch.chdir(common.ROOT)
+
+    def load(*flags, processes=1):
+        given = [*SHORT, "--methods", "draft-1", "--out", tmp_path, *flags]
+        args = draft.parse_args([str(f) for f in given])
+        one = SimpleNamespace(num_processes=processes, process_index=processes - 1, print=print)
+        one.is_main_process = processes == 1
+        one.main_process_first = contextlib.nullcontext
+        return draft.load(args, draft.check(args), one)
+
+    return load
+
+
+def test_checkpointing_covers_the_decoder(loaded):
+    """The flag does: far less is kept of a decoding, and its gradient is the same; the presets of
+    published size have it."""
+    assert draft.PRESETS["paper"]["checkpointing"] and draft.PRESETS["24gb"]["checkpointing"]
+    z, weight, size, found = torch.randn(2, 16, 8, 8), torch.randn(2, 3, 64, 64), [], []
+    for flags in ((), ("--checkpointing",)):
+        backbone = loaded(*flags).backbone
+        x = z.clone().requires_grad_()
+        size.append(saved_bytes(partial(backbone.decode, x), backbone.vae.parameters()))
+        found.append(torch.autograd.grad((backbone.decode(x) * weight).sum(), x)[0])
+    assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+    assert found[0].norm() > 1e-2 and size[1] < 0.4 * size[0]
+
+
+def test_prompts_are_encoded_once_for_all_processes(loaded, monkeypatch, tmp_path):
+    """The first writes a file, which the others read where it lies; a micro-batch too many or too
+    few for some is refused."""
+    first = loaded()
+    files = [*tmp_path.glob("prompts_*.bin")]
+    size = sum(v[0].nbytes for v in first.condition)
+    assert [f.stat().st_size for f in files] == [(8 + 3) * size]
+    assert {v.device.type for v in first.condition} == {"cpu"}
+    monkeypatch.setattr(common.Backbone, "encode_prompts", None)
+    second = loaded("--accumulate", 2, processes=2)
+    assert all(torch.equal(a, b) for a, b in zip(first.condition, second.condition, strict=True))
+    with pytest.raises(SystemExit, match="^error: --accumulate 3 cannot be shared"):
+        loaded("--accumulate", 3, processes=2)
+
+
+def test_published_presets_train_on_all_prompts():
+    paper, mini = (draft.parse_args(["--preset", name]) for name in ("paper", "mini"))
+    assert paper.train_limit is None and mini.train_limit == 2000
+    assert paper.batch * paper.accumulate == 128
+
+
+def test_compile_is_asked_of_every_block(run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    flags = ("--methods", "draft-1", "--updates", 1)
+    plain, _ = run(*flags)
+    assert not compiled
+    table, _ = run(*flags, "--compile")
+    assert len(compiled) == 8 and table["rewards_of_prompts"] == plain["rewards_of_prompts"]
+
+
 @pytest.mark.parametrize("backbone", ["sd3.5-medium", "flux"])
 def test_the_noise_levels_of_a_run(run, backbone):
     """On either transformer: without shift in the miniature, with another where a flag says so; the
@@ -522,7 +615,8 @@ def test_the_noise_levels_of_a_run(run, backbone):
     assert table["grid"] == pytest.approx([*even.tolist(), 0], abs=1e-6)
     expected = [*(3 * even / (1 + 2 * even)).tolist(), 0]
     assert shifted["grid"] == pytest.approx(expected, abs=1e-6)
-    assert run(*flags)[0]["grid"][1] == pytest.approx(0.889, abs=1e-6)
+    own = run(*flags)[0]["grid"][1]
+    assert own == pytest.approx(0.9 if backbone == "flux" else 0.889, abs=1e-6)
     assert shifted["rows"][1]["score"] != table["rows"][1]["score"]
     assert shifted["rows"][0]["reward"] != table["rows"][0]["reward"]
 
@@ -553,7 +647,7 @@ def test_a_whole_short_run(run, values, tmp_path):
     assert work["draft-1+stitchvm"] < 0.6 * work["draft-1"] < 0.6 * work["alignprop"]
     assert len(table["grid"]) == 11 and len(table["values"]) == 1
     assert [len(v) for v in table["rewards_of_prompts"]] == [3] * 6
-    assert "an update: 2 prompts x 2 micro-batches x 1 processes" in printed
+    assert "an update: 2 prompts x 2 micro-batches, 1 processes" in printed
     assert printed.count("update 0:") == 1
     for name in ("07_curves", "07_grid"):
         assert Image.open(folder / f"{name}.png").width > 300
@@ -573,8 +667,8 @@ def test_a_joint_reward_and_a_budget_of_work(run, values):
 
 
 def test_the_lora_loads_into_a_fresh_pipeline(tmp_path):
-    """By pipe.load_lora_weights, with its alpha: the same velocity as the average's, and neither
-    the base model's nor the trained one's."""
+    """By pipe.load_lora_weights and by peft, with its alpha: the same velocity as the average's,
+    and neither the base model's nor the trained one's."""
     backbone = common.Backbone("sd3.5-medium")
     null = [v.expand(2, *v.shape[1:]) for v in backbone.prompts(["a red circle"])]
     plain = copy.deepcopy(backbone.transformer)
@@ -591,11 +685,14 @@ def test_the_lora_loads_into_a_fresh_pipeline(tmp_path):
             backbone.transformer.set_adapter(name)
             found[name] = library(backbone.transformer, null)(z, sigma)
         loaded, base = (library(t, null)(z, sigma) for t in (pipe.transformer, plain))
+        by_peft = library(PeftModel.from_pretrained(plain, tmp_path / "lora"), null)(z, sigma)
     assert_close(loaded, found["average"], atol=1e-5, rtol=1e-4)
+    assert_close(by_peft, found["average"], atol=1e-5, rtol=1e-4)
     assert (loaded - base).abs().max() > 0.05 and (loaded - found["default"]).abs().max() > 0.05
-    files = [p.name for p in (tmp_path / "lora").iterdir()]
-    assert files == ["pytorch_lora_weights.safetensors"]
-    name = r"transformer\.transformer_blocks\.\d\.attn2?\.[a-z_.0]+\.lora_[AB]\.weight$"
+    files = sorted(p.name for p in (tmp_path / "lora").iterdir())
+    ends = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+    assert files == ends
+    name = r"transformer\.transformer_blocks\.\d\.attn\.[a-z_.0]+\.lora_[AB]\.weight$"
     assert all(re.match(name, k) for k in lora(tmp_path, "lora"))
 
 
@@ -678,10 +775,11 @@ def test_a_finished_method_is_not_trained_again(run, values, tmp_path, monkeypat
     assert trained == [("draft-1", 1)] and [r["update"] for r in more["rows"]] == [0, 1, 2]
 
 
-def test_two_processes_are_one_with_twice_the_batch(run, values, tmp_path):
-    """The same samples, so the same loss and the same work; the held-out prompts are shared."""
+def test_two_processes_do_what_one_does(run, values, tmp_path):
+    """They share an update's micro-batches: the same samples and stops, so the same loss and the
+    same work; the held-out prompts are shared."""
     flags = ("--value", values["clip"], "--accumulate", 2)
-    one, _ = run(*flags, "--batch", 4, out=tmp_path / "one")
+    one, _ = run(*flags, out=tmp_path / "one")
     children.run_two("07_draft", *SHORT, "--out", tmp_path / "two", *flags)
     two = json.loads((tmp_path / "two/07_draft.json").read_text())
     for a, b in zip(one["rows"], two["rows"], strict=True):
@@ -748,8 +846,8 @@ MISUSE = [
     ),
     (["--eval-limit", "1"], "1 held out"),
     (["--stop", "3", "11"], "--stop 3 11 must lie in order between 1 and --steps 10"),
-    (["--batch", "0"], "--batch is 0, which is too small"),
-    (["--steps", "1"], "--steps is 1, which is too small"),
+    (["--batch", "0"], "--batch: 0 does not lie between 1 and inf"),
+    (["--steps", "1"], "--steps: 1 does not lie between 2 and inf"),
     (["--preset", "24gb"], "--train-prompts FILE and --eval-prompts FILE are needed"),
     (["--methods", "draft-1", "--resume"], "draft-1/07_draft.train does not exist"),
     (["--reward", "nothing", "--methods", "draft-1"], "there is no nothing"),

@@ -1,6 +1,8 @@
 """Stage 08: bridge, loss and solver in closed form, adapters and values against references, and
 short runs as a user runs them, killed, resumed and shared."""
 
+import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -18,6 +20,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
 )
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from test_common import small_sd3, write_clip
@@ -223,10 +226,10 @@ def test_only_good_samples_is_flow_matching():
     assert_close(found, (v - u).square().mean((1, 2)))
 
 
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_the_official_form_as_published(beta):
+@pytest.mark.parametrize("beta, clip", [(0.1, 5.0), (1.0, 5.0), (0.1, 2.0)])
+def test_the_official_form_as_published(beta, clip):
     """Written in z_0 with t v: L = (zhat - z_0)^2 / mean |zhat - z_0|, no gradient through the
-    divisor, 5 / beta in front; value and gradient."""
+    divisor, adv_clip_max / beta in front; value and gradient."""
     v, v_old, u, rho = random_policies()
     t = torch.rand(6).double()
     z0, eps = normal(2, 6, 4, 5)
@@ -240,12 +243,22 @@ def test_the_official_form_as_published(beta):
 
     better = rho * published(beta * v + (1 - beta) * v_old)
     worse = (1 - rho) * published((1 + beta) * v_old - beta * v)
-    expected = 5 * (better + worse) / beta
+    expected = clip * (better + worse) / beta
     scale = nft.anchor_scale(t, torch.zeros(6).double())
-    found = nft.nft_loss(v, v_old, u, rho, beta, scale)
+    found = nft.nft_loss(v, v_old, u, rho, beta, scale, clip)
     assert_close(found, expected)
     pair = [torch.autograd.grad(x.sum(), v, retain_graph=True)[0] for x in (found, expected)]
     assert_close(*pair, rtol=1e-6, atol=1e-9)
+
+
+def test_the_official_form_by_hand():
+    """Errors 2.5 and 1.5 over their sizes, shares .75 and .25, clip / beta in front: 4.5 clip; the
+    paper's form knows no clip."""
+    v, v_old, u = (torch.full((1, 4), x).double() for x in (3.0, 2.0, 0.0))
+    given = v, v_old, u, double(0.75), 0.5
+    for clip in (5.0, 2.0):
+        assert_close(nft.nft_loss(*given, double(1.0), clip), double(4.5 * clip))
+        assert_close(nft.nft_loss(*given, None, clip), double(0.75 * 2.5**2 + 0.25 * 1.5**2))
 
 
 def test_official_and_paper_agree_at_the_old_policy():
@@ -352,18 +365,18 @@ def test_the_solver_is_diffusers():
 
 def test_rows_that_stop_early_are_where_the_whole_path_passes():
     """Each row stops at its node of the whole grid, at full order, and the velocity is asked for
-    the rows that go on only."""
+    the rows that go on only: those that stop first come first."""
     z = torch.randn(4, 3)
     asked, levels = [], []
 
     def velocity(z, sigma, rows):
-        asked.append(rows.tolist())
+        asked.append(torch.arange(4)[rows].tolist())
         levels.append(float(sigma[0]))
-        return torch.sin(3 * z) + rows.view(-1, 1)
+        return torch.sin(3 * z) + torch.arange(4)[rows].view(-1, 1)
 
-    stop = torch.tensor([12, 17, 12, 25])
+    stop = torch.tensor([12, 12, 17, 25])
     found = nft.rollout(velocity, z, GRID, stop)
-    assert asked == [[0, 1, 2, 3]] * 12 + [[1, 3]] * 5 + [[3]] * 8
+    assert asked == [[0, 1, 2, 3]] * 12 + [[2, 3]] * 5 + [[3]] * 8
     assert levels == pytest.approx(GRID[:-1])
     for k in range(4):
 
@@ -401,7 +414,7 @@ def batch(n=3):
 
 def test_policies_are_told_apart():
     """As the library's own forward gives them; new adapters are the base; the eight projections of
-    every block, dual attention too, have one."""
+    every block have one, the second attention has none."""
     sd3 = small_sd3()
     z, _, condition, t = batch()
 
@@ -410,8 +423,7 @@ def test_policies_are_told_apart():
 
     base = library()
     lora, velocity_for = with_adapters(sd3)
-    # the last block has no text output; two blocks have a second attention
-    assert {len(p) for p in lora.values()} == {2 * (4 * 8 - 1 + 2 * 4)}
+    assert {len(p) for p in lora.values()} == {2 * (4 * 8 - 1)}  # the last has no text output
     assert {p.dtype for p in lora["old"]} == {torch.float32}
     velocity = velocity_for(condition)
     for policy in (None, *nft.POLICIES):
@@ -618,6 +630,61 @@ def test_a_short_run(run, tmp_path, called):
     assert lora_in(tmp_path / "out/nft").keys() == lora_in(tmp_path / "out/nft+stitchvm").keys()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_groups_ask_the_device_for_nothing(monkeypatch, device):
+    """Until all have been sampled, when the anchors come at once: on the meta device, which has no
+    numbers. Each then stands with its image, whatever the order in which they stop."""
+    moved = []
+
+    def cpu(x):
+        moved.append(x)
+        return x if device == "cpu" else torch.zeros(x.shape)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(nft, "joint_value", lambda _, z, t, texts: (z.sum((1, 2, 3)), {}))
+    backbone = SimpleNamespace(transformer=SimpleNamespace(set_adapter=lambda _: None))
+    backbone.velocity = lambda z, t, condition, **_: 0 * z  # the noise stays
+    run = SimpleNamespace(pool=9, grid=[1.0, 0.8, 0.6, 0.4, 0.2, 0.0], shape=(4, 2, 2))
+    run.accelerator = SimpleNamespace(process_index=0, num_processes=1, reduce=lambda x, _: x)
+    run.device, run.backbone, run.values = torch.device(device), backbone, []
+    run.condition, run.texts = [torch.zeros(9, 3)], [None]
+    args = argparse.Namespace(seed=0, steps=5, stop=[2, 5], prompts=4, images=2, batch=3)
+    stops, r, (ids, _, stop, tau, z_tau) = nft.sample_groups(run, args, "nft+stitchvm", 0)
+    assert len(moved) == 1 and len(set(stops.tolist())) > 1
+    assert stop.tolist() == stops[ids // 2].tolist()
+    assert tau.tolist() == pytest.approx([run.grid[k] for k in stop])
+    if device == "cpu":
+        noise = nft.noises(run, *((0, "rollout", 0, *divmod(i, 2)) for i in ids.tolist()))
+        assert_close(z_tau, noise)
+        assert_close(r.flatten()[ids], noise.sum((1, 2, 3)))
+
+
+def test_prompts_are_encoded_once_for_all_processes(monkeypatch, tmp_path):
+    """The first writes a file, which the others read where it lies. All prompts are trained on
+    where the preset is a published one."""
+    monkeypatch.chdir(common.ROOT)
+    args = nft.parse_args([*SHORT, "--methods", "nft", "--out", str(tmp_path)])
+    nft.check(args)
+    found = []
+    for k in range(2):
+        one = SimpleNamespace(num_processes=2, process_index=k, is_main_process=k == 0, print=print)
+        one.main_process_first = contextlib.nullcontext
+        found.append(nft.load(args, one).condition)
+        monkeypatch.setattr(common.Backbone, "encode_prompts", None)
+    assert len([*tmp_path.glob("prompts_*.bin")]) == 1
+    assert {v.device.type for v in found[0]} == {"cpu"}
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert nft.parse_args(["--preset", "paper"]).train_limit is None
+
+
+def test_another_adv_clip_scales_the_loss(run):
+    """In the first update both policies are the base model: whatever rho is, the loss is clip /
+    beta times the mean size of the errors."""
+    flags = ("--updates", 1, "--methods", "nft+stitchvm", "--adv-clip")
+    five, two = (run(*flags, clip)["curve"][0]["loss"] for clip in (5, 2))
+    assert two == pytest.approx(0.4 * five, rel=1e-5) and five > 0
+
+
 def test_unit_costs_add_up(monkeypatch):
     """A training step on a batch is as many times one row; checkpointing costs another pass."""
     monkeypatch.chdir(common.ROOT)
@@ -644,8 +711,8 @@ def test_unit_costs_add_up(monkeypatch):
 
 
 def test_the_lora_loads_into_a_fresh_pipeline(run, tmp_path, monkeypatch):
-    """pipe.load_lora_weights gives the velocity of the averaged adapter: alpha is 2 x rank, which a
-    file without its metadata would lose."""
+    """pipe.load_lora_weights gives the velocity of the averaged adapter, and so does peft: alpha is
+    2 x rank, which a file without its metadata would lose."""
     texts = ["a red circle on white", "two blue stars"]
     condition = common.Backbone("sd3.5-medium").prompts(texts)
     z, t = torch.randn(2, 16, 8, 8), torch.rand(2)
@@ -670,6 +737,10 @@ def test_the_lora_loads_into_a_fresh_pipeline(run, tmp_path, monkeypatch):
     pipe.load_lora_weights(tmp_path / "out/nft+stitchvm")
     assert_close(velocity(), found["average"], rtol=0, atol=1e-4)
     assert (velocity() - base).abs().max() > 0.01
+    pipe.unload_lora_weights()
+    assert_close(velocity(), base)
+    PeftModel.from_pretrained(pipe.transformer, tmp_path / "out/nft+stitchvm")  # puts it in place
+    assert_close(velocity(), found["average"], rtol=0, atol=1e-4)
 
 
 def test_a_later_stop_costs_more(run, tmp_path):
@@ -702,7 +773,8 @@ def test_the_noise_levels_of_a_run(run, backbone):
     """On either transformer: without shift in the miniature, with another where a flag says so; the
     rollouts and the evaluation use them."""
     flags = ("--backbone", backbone, "--methods", "nft", "--updates", 1)
-    even = torch.cat([torch.linspace(1, 0.001, 5, dtype=torch.float64), torch.zeros(1)])
+    last = 0.2 if backbone == "flux" else 0.001
+    even = torch.cat([torch.linspace(1, last, 5, dtype=torch.float64), torch.zeros(1)])
     table, other = run(*flags), run(*flags, "--shift", 3)
     assert table["grid"] == pytest.approx(even.tolist(), abs=1e-6)
     shifted = (3 * even / (1 + 2 * even))[1:4].tolist()
@@ -735,18 +807,18 @@ def test_a_nan_stops_and_keeps_the_last_good_state(run, tmp_path, monkeypatch):
 
 
 MISUSE = [
-    (["--images", "1"], "a group needs two at least"),
+    (["--images", "1"], "--images: 1 does not lie between 2 and inf"),
     (["--stop", "12", "30"], "--stop 12 30 must lie in order"),
     (["--stop", "3", "2"], "--stop 3 2 must lie in order"),
-    (["--stop", "0", "2"], "--stop 0 2 must lie in order"),
-    (["--updates", "0"], "--updates is 0"),
+    (["--stop", "0", "2"], "--stop: 0 does not lie between 1 and inf"),
+    (["--updates", "0"], "--updates: 0 does not lie between 1 and inf"),
     (
         ["--value", "nowhere.pt"],
         "there is no value model of clip: nowhere.pt does not exist.*03_finetune.py --reward clip",
     ),
     (["--reward", "clip+hpsv2"], "1 files for the 2 rewards"),
     (["--train-prompts", "nowhere.txt"], "no file of prompts nowhere.txt"),
-    (["--eval-prompts", "README.md", "--eval-limit", "1"], "1 held out"),
+    (["--eval-limit", "1"], "1 held out"),
     (["--prompts", "7"], "6 prompts to train on"),
     (["--preset", "24gb"], "--train-prompts FILE and --eval-prompts FILE are needed"),
     (["--resume"], "08_nft.train does not exist"),
@@ -786,9 +858,10 @@ def test_killed_and_resumed_gives_the_same_bits(run, tmp_path, values, one_threa
     assert resumed["rewards_of_prompts"] == whole["rewards_of_prompts"]
 
 
-def test_a_finished_method_is_not_trained_again(run, called, tmp_path):
+def test_a_finished_method_is_not_trained_again(run, called, tmp_path, monkeypatch):
     """--resume takes its rows as they are and starts the method that has no file; the table is that
-    of one run of both."""
+    of one run of both. The blocks are compiled where a flag says so."""
+    compiled = []
     run("--updates", 1, "--methods", "nft")
     trained = called["trained"]
     resumed = run("--updates", 1, "--resume")
@@ -796,8 +869,10 @@ def test_a_finished_method_is_not_trained_again(run, called, tmp_path):
     whole = run("--updates", 1, out=tmp_path / "whole")
     for key in ("rows", "curve"):
         assert without_seconds(resumed[key]) == without_seconds(whole[key])
-    again = run("--updates", 1, "--resume")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    again = run("--updates", 1, "--resume", "--batch", 2, "--compile")  # neither matters to it
     assert again["rows"] == resumed["rows"] and again["curve"] == resumed["curve"]
+    assert len(compiled) == 8
 
 
 def test_two_processes_do_what_one_does(run, tmp_path, values):
