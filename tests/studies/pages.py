@@ -7,6 +7,7 @@ between <!-- name --> and <!-- /name -->. A test fails when a page and the JSON 
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -263,6 +264,32 @@ def gradients():
 
 
 # ---------------------------------------------------------------------------- published size
+def steps_of_the_ladder(preset):
+    """What each stage holds at most and how long the value's own part takes, of every pair."""
+    own = ["latents", "stitchvm", "stitchvm", "stitchvm", "fks+stitchvm", "draft-1+stitchvm"]
+    stages = ["01", "03", "04", "05", "06", "07", "08"]
+    own = dict(zip(stages, [*own, "nft+stitchvm"], strict=True))
+    rows = []
+    for name, found in read("ladder").items():
+        if not name.startswith(f"{preset} "):
+            continue
+        row = name.split()[1:]
+        for stage, method in own.items():
+            cases = next(c for script, c in found.items() if script.startswith(stage))
+            cases = {k: v for k, v in cases.items() if "i = 12" not in k}
+            # the last one: of 05 and 06 the one that shares the prefix, where there is one
+            hours = [v[1] for k, v in cases.items() if k.startswith(method)][-1]
+            if stage == "08":
+                hours = cases["nft+stitchvm, i = 4"][1]
+            peaks = {k: v[0] for k, v in cases.items()}
+            most = [max(peaks.values())]
+            if stage == "05":
+                most.append(max(p for k, p in peaks.items() if k != "tweedie"))
+            row.append(f"{' / '.join(f'{p:.0f}' for p in most)}, {hours:.1f} h")
+        rows.append(row)
+    return markdown(["backbone", "reward", *stages], rows)
+
+
 def pairs():
     """What the dry runs count for each of the twelve pairs at 1024 px."""
     found = read("counts")
@@ -502,7 +529,12 @@ def results():
 
 MARKED = {
     "README.md": {"claims": claims},
-    "docs/published.md": {"pairs": pairs, "counts": beside_the_paper},
+    "docs/published.md": {
+        "24gb": partial(steps_of_the_ladder, "24gb"),
+        "paper": partial(steps_of_the_ladder, "paper"),
+        "pairs": pairs,
+        "counts": beside_the_paper,
+    },
     "tests/mini/README.md": {"quality": models},
 }
 

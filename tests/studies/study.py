@@ -7,6 +7,7 @@ Run     python tests/studies/study.py selection      choices of 03, on the tunin
         python tests/studies/study.py draft          07: three seeds at equal work, other methods
         python tests/studies/study.py nft            08: three seeds at equal work, stop windows
         python tests/studies/study.py counts         dry runs beside the paper's measurements
+        python tests/studies/study.py ladder         dry runs of all stages: what fits which card
         python tests/studies/study.py readme         every table and figure of the pages
 Writes  docs/results/*.json; readme: docs/results.md, docs/figures/ and the tables in README.md,
         docs/published.md and tests/mini/README.md
@@ -295,11 +296,31 @@ def counts(jobs):
     write("counts", {" ".join(map(str, t)): c for t, c in zip(tasks, found, strict=True)})
 
 
+def ladder(jobs, backbones, rewards):
+    """The dry runs of every stage at both presets: {preset backbone reward: {stage: …}}.
+
+    Of each method what it holds and the hours it takes. Pairs that are there are done anew.
+    """
+    stages = sorted(p.name for p in ROOT.glob("0[0-9]_*.py"))
+    tasks = list(product(("24gb", "paper"), backbones, rewards, stages))
+
+    def one(task):
+        preset, backbone, reward, stage = task
+        flags = ("--dry-run", "--preset", preset, "--backbone", backbone, "--reward", reward)
+        cases = json.loads(run(stage, *flags).splitlines()[-1])["cases"]
+        return {c["method"]: [round(c["peak_gib"], 1), round(c["hours"], 3)] for c in cases}
+
+    found = read(RESULTS / "ladder.json") if (RESULTS / "ladder.json").exists() else {}
+    for task, cases in zip(tasks, side_by_side(one, tasks, jobs), strict=True):
+        found.setdefault(" ".join(task[:3]), {})[task[3]] = cases
+    write("ladder", found)
+
+
 def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = ("selection", "table", "dps", "fks", "draft", "nft", "counts", "readme")
+    known = ("selection", "table", "dps", "fks", "draft", "nft", "counts", "ladder", "readme")
     p.add_argument("what", choices=known)
     p.add_argument("--backbone", nargs="+", default=BACKBONES, choices=BACKBONES, help="of table")
     p.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS, help="of table and dps")
@@ -314,6 +335,8 @@ def main():
         dps(args.jobs, args.reward)
     elif args.what == "counts":
         counts(args.jobs)
+    elif args.what == "ladder":
+        ladder(args.jobs, args.backbone, args.reward)
     elif args.what == "readme":
         import pages
 
