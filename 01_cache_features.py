@@ -14,16 +14,19 @@ Departs from the paper: DiT tokens are stored on the reward's patch grid, which 
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import trange
+from torch.utils.data import DataLoader
+from tqdm import tqdm, trange
 
 from common import (
+    COUNT,
+    WHOLE,
     Backbone,
     Reward,
     add_noise,
@@ -32,6 +35,7 @@ from common import (
     fail,
     generator,
     needs,
+    now,
     parse_stage,
     replacing,
     resample,
@@ -45,8 +49,8 @@ from common import (
 DRAWN = ["tests/mini/data/hpdv2.jsonl", "tests/mini/data/ava.jsonl"]
 PRESETS = {
     "mini": dict(images="tests/mini/data/train", benchmarks=DRAWN, resolution=64, batch=100),
-    "24gb": dict(resolution=512, batch=8),
-    "paper": dict(resolution=1024, batch=2),
+    "24gb": dict(resolution=512, batch=8, workers=8),
+    "paper": dict(resolution=1024, batch=2, workers=8),
 }
 
 
@@ -56,12 +60,13 @@ def parse_args(argv=None):
     add("--images", help="folder of training images, searched recursively")
     add("--benchmarks", nargs="+", help="JSON lines; training images named there are refused")
     add("--skip-test", action="store_true", help="leave those out instead")
-    add("--limit", type=int, help="images at most")
-    add("--probe", type=int, default=200, help="held-out images for the fit (App. C.1: 200)")
-    add("--j-max", type=int, default=4, help="deepest reward block to stitch at (App. C.1: 4)")
+    add("--limit", type=COUNT, help="images at most")
+    add("--probe", type=COUNT, default=200, help="held-out images for the fit (App. C.1: 200)")
+    add("--j-max", type=COUNT, default=4, help="deepest reward block to stitch at (App. C.1: 4)")
     add("--antialias", action="store_true", help="when tokens are resampled [D6]")
-    add("--batch", type=int, help="images at a time")
-    add("--shard", type=int, default=2000, help="images of a shard, all of them in memory")
+    add("--batch", type=COUNT, help="images at a time")
+    add("--shard", type=COUNT, default=2000, help="images of a shard, all of them in memory")
+    add("--workers", type=WHOLE, default=0, help="processes that read images; 0: this one does")
     return parse_stage(p, PRESETS, argv)
 
 
@@ -131,22 +136,34 @@ def read_square(path, size):
         return f"{type(e).__name__}: {' '.join(str(e).splitlines()[:1])}"
 
 
+def read_batch(root, size, resize, names):
+    """Squares (n, 3, size, size) and the reward's inputs (n, 3, s, s), both uint8, of the files
+    that can be read, None if there are none; {name: why it cannot} of the others."""
+    read = {name: read_square(Path(root, name), size) for name in names}
+    bad = {name: x for name, x in read.items() if isinstance(x, str)}
+    if len(bad) == len(names):
+        return None, None, bad
+    x = torch.stack([x for x in read.values() if torch.is_tensor(x)])
+    return x, (resize(x / 255) * 255).round().to(torch.uint8), bad
+
+
 @torch.no_grad()
-def encode_files(names, root, backbone, reward, size, batch):
+def encode_files(names, root, backbone, reward, size, batch, workers):
     """A dict of z0 float16 (n, C, h, w), pixels uint8 (n, 3, s, s), the n names that can be read,
     bad: {name: why it cannot}. z0 and pixels are None if n = 0; root: the folder of the names."""
+    device = backbone.device
+    options = dict(num_workers=workers, multiprocessing_context="fork" if workers else None)
+    options |= dict(collate_fn=partial(read_batch, root, size, reward.resize))
+    loader = DataLoader(names, batch, pin_memory=device.type == "cuda", **options)
     parts = []
     bad = {}
-    with ThreadPoolExecutor(4) as pool:
-        for k in trange(0, len(names), batch, desc="batches", leave=False):
-            part = names[k : k + batch]
-            read = list(pool.map(lambda name: read_square(Path(root, name), size), part))
-            bad |= {n: x for n, x in zip(part, read, strict=True) if isinstance(x, str)}
-            images = [x for x in read if torch.is_tensor(x)]
-            if images:
-                x = torch.stack(images) / 255
-                pixels = (reward.resize(x) * 255).round().to(torch.uint8)
-                parts.append((backbone.encode(x).cpu().half(), pixels))
+    for x, pixels, unreadable in tqdm(loader, desc="batches", leave=False):
+        bad |= unreadable
+        if x is not None:
+            z0 = backbone.encode(x.to(device, non_blocking=True) / 255).half()
+            # trap: a tensor from a worker keeps a file open, a copy does not
+            parts.append((z0.to("cpu", non_blocking=True), pixels.clone()))
+    now(device)  # the last copies have arrived
     z0, pixels = map(torch.cat, zip(*parts, strict=True)) if parts else (None, None)
     return dict(z0=z0, pixels=pixels, names=[n for n in names if n not in bad], bad=bad)
 
@@ -169,9 +186,9 @@ def probe_set(args, transformer, reward, null, z0, pixels):
     images = (pixels.to(reward.device) / 255).split(args.batch)
     norm = torch.cat([reward.embed(x)[0] for x in images]).norm(dim=-1).mean().item()
     depths = [tokens_by_depth(reward.visual, reward.normalise(x), args.j_max) for x in images]
-    depths = torch.cat(depths, 1)
-    tokens = depths[:, :, 1:].to("cpu", dit.dtype)
-    cls = [*depths[1:, :, 0].mean(1).cpu()]
+    depths = torch.cat([x.cpu() for x in depths], 1)
+    tokens = depths[:, :, 1:].to(dit.dtype)
+    cls = [*depths[1:, :, 0].mean(1)]
     return dict(t=t, eps=eps, dit=dit, reward=tokens, cls=cls, embedding_norm=norm)
 
 
@@ -179,15 +196,16 @@ def main(args):
     names = training_images(args.images, args.benchmarks, args.skip_test)[: args.limit]
     if len(names) < 16 or args.probe < 4:
         fail(f"{len(names)} images in {args.images}, --probe {args.probe}: 16 and 4 are needed")
-    backbone = Backbone(args.backbone, args.preset, args.device, getattr(torch, args.dtype))
-    reward = Reward(args.reward, args.preset, args.device)
+    dtype = getattr(torch, args.dtype)
+    backbone = Backbone(args.backbone, args.preset, args.device, dtype)
     null = backbone.prompts([""])
+    reward = Reward(args.reward, args.preset, args.device, dtype)
     spec = {k: getattr(args, k) for k in ("backbone", "reward", "resolution", "antialias")}
     spec |= dict(latent_space=backbone.latent_space(), reward_grid=list(reward.visual.grid_size))
     order = torch.randperm(len(names), generator=generator(args.seed, "order")).tolist()
     held_out = {names[k] for k in order[: min(args.probe, len(names) // 4)]}
     rest = [name for name in names if name not in held_out]
-    given = args.images, backbone, reward, args.resolution, args.batch
+    given = args.images, backbone, reward, args.resolution, args.batch, args.workers
     shards = []
     bad = {}
     for n, k in enumerate(trange(0, len(rest), args.shard, desc="shards")):
@@ -210,8 +228,10 @@ def main(args):
         print(f"skipped {len(bad)} unreadable of {len(names)} files: {dict([*bad.items()][:5])}")
     if not probe["names"] or not shards:
         fail(f"no image in {args.images} can be read")
-    probe |= probe_set(args, backbone.transformer, reward, null, probe["z0"], probe["pixels"])
-    data = dict(shards=shards, bad=bad, null=[v.cpu() for v in null], probe=probe)
+    backbone.free()  # the VAE goes before the transformer comes
+    on_device = [v.to(reward.device) for v in null]
+    probe |= probe_set(args, backbone.transformer, reward, on_device, probe["z0"], probe["pixels"])
+    data = dict(shards=shards, bad=bad, null=null, probe=probe)
     save_artifact(Path(args.out, "cache.pt"), "01_cache_features", args, spec, data)
     print(f"{sum(s['images'] for s in shards)} training images, {len(probe['names'])} probe images")
 

@@ -16,15 +16,20 @@ Departs from the paper: e is not normalised but divided by the probe images' mea
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import ConcatDataset, TensorDataset, default_collate
-from tqdm import trange
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, default_collate
+from tqdm import tqdm
 
 from common import (
+    COUNT,
+    POSITIVE,
+    SHARE,
+    WHOLE,
     Backbone,
     Reward,
     Stitch,
@@ -33,7 +38,6 @@ from common import (
     draw_lines,
     fail,
     generator,
-    keep_blocks,
     load_artifact,
     now,
     parse_stage,
@@ -42,13 +46,15 @@ from common import (
     save_table,
     save_training,
     stage_parser,
+    within,
 )
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)  # of the validation
 KEPT_TARGETS = 2**30  # bytes; the targets of published towers are computed at every step
-PUBLISHED = dict(epochs=5, lr=1e-5, sigma_law="logit-normal", warmup=100, schedule="constant")
+EPOCHS = {"mini": 12, "24gb": 5, "paper": 5}  # of the VAE stitch three times as many
+PUBLISHED = dict(lr=1e-5, sigma_law="logit-normal", warmup=100, schedule="constant", workers=8)
 PRESETS = {
-    "mini": dict(epochs=12, batch=32, lr=2e-3, sigma_law="uniform", warmup=50, schedule="cosine"),
+    "mini": dict(batch=32, lr=2e-3, sigma_law="uniform", warmup=50, schedule="cosine"),
     "24gb": PUBLISHED | dict(batch=32, micro_batch=4, resolution=512),
     "paper": PUBLISHED | dict(batch=128, micro_batch=16, resolution=1024),
 }
@@ -60,21 +66,26 @@ def parse_args(argv=None):
     add("--front", choices=("dit", "vae"), default="dit", help="vae: the noisy latent itself")
     add("--embedding", choices=("mean", "unit"), default="mean", help="what e estimates [D14]")
     add("--sigma-law", choices=("logit-normal", "uniform"), help="of the noise levels [D2]")
-    add("--lam-tok", type=float, default=1.0, help="weight of the token loss (78)")
-    add("--epochs", type=float, help="passes over the images (D.1: 5, of the VAE stitch 15)")
-    add("--steps", type=int, help="optimiser steps, instead of --epochs")
-    add("--batch", type=int, help="images of a step, of each process")
-    add("--micro-batch", type=int, help="images at a time, the step is the same; None: all")
-    add("--lr", type=float, help="of AdamW on the tail")
-    add("--stitch-lr", type=float, default=5.0, help="times --lr: of the stitching layer")
-    add("--warmup", type=int, help="steps in which the rate rises")
+    add("--lam-tok", type=within(float, 0), default=1.0, help="weight of the token loss (78)")
+    add("--epochs", type=POSITIVE, help="over the images; None: 5 (D.1; mini 12), thrice if vae")
+    add("--steps", type=COUNT, help="optimiser steps, instead of --epochs")
+    add("--batch", type=COUNT, help="images of a step, of all processes together (D.1: 128)")
+    add("--micro-batch", type=WHOLE, help="images at a time, the step is the same; None: all")
+    add("--lr", type=POSITIVE, help="of AdamW on the tail")
+    add("--stitch-lr", type=POSITIVE, default=5.0, help="times --lr: of the stitching layer")
+    add("--warmup", type=WHOLE, help="steps in which the rate rises")
     add("--schedule", choices=("constant", "cosine"), help="of the rate after them")
-    add("--ema", type=float, default=0.0, help="decay of the average that is kept; 0: no average")
+    add("--ema", type=SHARE, default=0.0, help="decay of the average that is kept; 0: no average")
     add("--value", help="file to write; None: value.pt or value_vae.pt in --out")
-    add("--log-every", type=int, default=25, help="steps")
-    add("--save-every", type=int, default=200, help="steps between checkpoints and validations")
+    add("--log-every", type=COUNT, default=25, help="steps")
+    add("--save-every", type=COUNT, default=200, help="steps between checkpoints and validations")
     add("--resume", action="store_true", help="go on from <value>.train")
-    return parse_stage(p, PRESETS, argv)
+    add("--workers", type=WHOLE, default=0, help="processes that read and draw data; 0: this one")
+    add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
+    args = parse_stage(p, PRESETS, argv)
+    times = 3 if args.front == "vae" else 1
+    args.epochs = args.epochs or EPOCHS[args.preset] * times
+    return args
 
 
 # ---- ALGORITHM: copy from here ----
@@ -125,14 +136,40 @@ def learning_rate(step, steps, warmup, schedule):
 # ---- to here ----
 
 
-def batch_of(data, reward, index):
-    """z_0 (B, C, h, w), e_RM (B, E) and h_RM (B, N+1, d) of the images index (B,)."""
-    rows = default_collate([data[k] for k in index.tolist()])
-    z0, *clean = (v.to(reward.device) for v in rows)
-    return z0.float(), *(clean if len(clean) == 2 else clean_target(reward, clean[0] / 255))
+def draw_batch(images, order, law, seed, positions):
+    """z_t (B, C, h, w), sigma (B,) and e_RM, h_RM or pixels of the images order[p], p in positions.
+
+    What is drawn depends on seed and p only: neither on the processes nor on where a run went on.
+    """
+    rows = []
+    for p in positions:
+        z0, *clean = images[order[p].item()]
+        draw = generator(seed, "train", p)
+        t = sample_sigma(1, law, draw)
+        eps = torch.randn(z0.shape, generator=draw)
+        rows.append((add_noise(z0.float(), eps, t), t[0], *clean))
+    return default_collate(rows)
 
 
-def training_images(out, shards, reward, batch):
+def batches(args, images, start, steps, accelerator):
+    """This process's share of each step from start to steps - 1; an epoch is a permutation."""
+    epochs = range(math.ceil(steps * args.batch / len(images)))
+    draws = [generator(args.seed, "epoch", epoch) for epoch in epochs]
+    order = torch.cat([torch.randperm(len(images), generator=draw) for draw in draws])
+    share = args.batch // accelerator.num_processes
+    first = share * accelerator.process_index
+    firsts = range(first + start * args.batch, steps * args.batch, args.batch)
+    return DataLoader(
+        [range(p, p + share) for p in firsts],
+        batch_size=None,
+        collate_fn=partial(draw_batch, images, order, args.sigma_law, args.seed),
+        num_workers=args.workers,
+        multiprocessing_context="fork" if args.workers else None,
+        pin_memory=args.device.startswith("cuda"),
+    )
+
+
+def training_images(out, shards, reward):
     """Dataset of (z_0, pixels), memory-mapped, or where these are small of (z_0, e_RM, h_RM)."""
     files = [Path(out, shard["file"]) for shard in shards]
     if missing := [file for file in files if not file.exists()]:
@@ -141,7 +178,8 @@ def training_images(out, shards, reward, batch):
     data = ConcatDataset([TensorDataset(shard["z0"], shard["pixels"]) for shard in tensors])
     if len(data) * reward.visual.positional_embedding.nbytes > KEPT_TARGETS:  # shaped as h_RM
         return data
-    parts = [batch_of(data, reward, k) for k in torch.arange(len(data)).split(batch)]
+    loader = DataLoader(data, 32)
+    parts = [(z0, *clean_target(reward, x.to(reward.device) / 255)) for z0, x in loader]
     return TensorDataset(*(torch.cat(v).cpu() for v in zip(*parts, strict=True)))
 
 
@@ -170,18 +208,15 @@ def load(args):
     stitch = load_artifact(Path(args.out, "stitch.pt"), spec, "02_fit_stitch.py")
     fit = stitch["data"][args.front]
     device = torch.device(args.device)
-    reward = Reward(args.reward, args.preset, device)
-    backbone = Backbone(args.backbone, args.preset, device, getattr(torch, args.dtype))
-    transformer = backbone.transformer if args.front == "dit" else None
-    if transformer:
-        keep_blocks(transformer, fit["i"])  # V needs no more of it
+    dtype = getattr(torch, args.dtype)
+    reward = Reward(args.reward, args.preset, device, dtype)
+    backbone = Backbone(args.backbone, args.preset, device, dtype, args.compile)
+    transformer = backbone.prefix(fit["i"]) if args.front == "dit" else None
     null = [v.to(device) for v in cache["data"]["null"]]
     layer = Stitch(fit["W"], fit["bias"], spec["reward_grid"], spec["antialias"])
     norm = cache["data"]["probe"]["embedding_norm"]
     which = fit["i"], fit["j"], fit["cls"], args.front, args.embedding, norm
     model = StitchedValue(transformer, null, reward, layer, *which).to(device)
-    if args.dtype == "bfloat16":  # the weights and the targets stay float32
-        model.head = torch.autocast(device.type, torch.bfloat16)(model.head)
     tail = [p for k, p in model.named_parameters() if p.requires_grad and k[:6] != "stitch"]
     groups = [dict(params=tail, peak=args.lr)]
     groups += [dict(params=[*model.stitch.parameters()], peak=args.lr * args.stitch_lr)]
@@ -202,22 +237,17 @@ def train(args, model, optimizer, reward, data, probe, run, checkpoint, accelera
     last = rows[-1] if rows else dict(step=0, seconds=0.0)
     begin = now(reward.device) - last["seconds"]
     steps = run["steps"]
-    micro = args.micro_batch or args.batch
-    share = torch.arange(args.batch) + args.batch * accelerator.process_index
-    n = args.batch * accelerator.num_processes
+    share = args.batch // accelerator.num_processes
+    micro = args.micro_batch or share
     totals = 0
-    for step in trange(last["step"], steps, disable=not accelerator.is_main_process):
-        # every process draws the whole batch and takes its share: the same data as in one
-        draw = generator(args.seed, "train", step)
-        index = torch.randint(len(data), (n,), generator=draw)[share]
-        t = sample_sigma(n, args.sigma_law, draw)[share].to(reward.device)
-        eps = torch.randn(n, *probe["z0"].shape[1:], generator=draw)[share].to(reward.device)
-        z0, e_rm, h_rm = batch_of(data, reward, index)
-        z_t = add_noise(z0, eps, t)
-        for k in torch.arange(args.batch).split(micro):
-            target = e_rm[k], h_rm[k]
-            loss, parts = step_loss(model, reward, z_t[k], t[k], target, args.lam_tok)
-            weight = len(k) / args.batch
+    loader = batches(args, data, last["step"], steps, accelerator)
+    bar = tqdm(loader, disable=not accelerator.is_main_process)
+    for step, batch in enumerate(bar, last["step"]):
+        batch = [v.to(reward.device, non_blocking=True).split(micro) for v in batch]
+        for z_t, t, *clean in zip(*batch, strict=True):
+            target = clean if len(clean) == 2 else clean_target(reward, clean[0] / 255)
+            loss, parts = step_loss(model, reward, z_t, t, target, args.lam_tok)
+            weight = len(t) / share
             (weight * loss).backward()
             totals = totals + weight * torch.stack([loss, *parts.values()]).detach()
         for group in optimizer.param_groups:
@@ -257,13 +287,15 @@ def main(args):
     suffix = "_vae" if args.front == "vae" else ""
     path = Path(args.value or Path(args.out, f"value{suffix}.pt"))
     checkpoint = path.with_suffix(".train")
+    processes = accelerator.num_processes
+    if args.batch % processes:
+        fail(f"--batch {args.batch} cannot be shared equally by {processes} processes")
     cache, stitch, reward, model, optimizer = load(args)
-    data = training_images(args.out, cache["data"]["shards"], reward, args.batch)
-    n = args.batch * accelerator.num_processes
-    steps = args.steps or math.ceil(args.epochs * len(data) / n)
-    run = vars(args) | dict(out=None, device=None, resume=None)  # all else must agree to resume
-    run |= dict(stitch=stitch["id"], steps=steps, processes=accelerator.num_processes)
-    accelerator.print(f"{steps} steps of {n} images on {accelerator.num_processes} processes")
+    data = training_images(args.out, cache["data"]["shards"], reward)
+    steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
+    run = vars(args) | dict(out=None, device=None, resume=None, workers=None)  # all else must agree
+    run |= dict(stitch=stitch["id"], steps=steps)
+    accelerator.print(f"{steps} steps of {args.batch} images on {processes} processes")
     probe = cache["data"]["probe"]
     rows = train(args, model, optimizer, reward, data, probe, run, checkpoint, accelerator)
     if accelerator.is_main_process:

@@ -261,15 +261,15 @@ def test_read_square(tmp_path):
         assert is_reason(cache.read_square(tmp_path / name, 16), kind)
 
 
-BACKBONE = SimpleNamespace(encode=lambda x: F.avg_pool2d(x, 8))
+BACKBONE = SimpleNamespace(encode=lambda x: F.avg_pool2d(x, 8), device=torch.device("cpu"))
 REWARD = SimpleNamespace(resize=lambda x: x[..., :4, :4])
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 100])
-def test_encode_files_skips_and_names_what_it_cannot_read(tmp_path, batch):
+@pytest.mark.parametrize("batch, workers", [(1, 0), (2, 0), (3, 0), (100, 0), (1, 2), (3, 2)])
+def test_encode_files_skips_and_names_what_it_cannot_read(tmp_path, batch, workers):
     """Every row belongs to the name beside it, whatever the batch; what is bad leaves no row."""
     names = write_images(tmp_path)
-    found = cache.encode_files(names, tmp_path, BACKBONE, REWARD, 16, batch)
+    found = cache.encode_files(names, tmp_path, BACKBONE, REWARD, 16, batch, workers)
     assert found["names"] == ["0.png", "1.png", "4.png", "6.png"]
     assert sorted(found["bad"]) == ["2.png", "3.png", "5.png"]
     assert found["bad"]["5.png"].startswith("FileNotFoundError: ")
@@ -282,9 +282,25 @@ def test_encode_files_skips_and_names_what_it_cannot_read(tmp_path, batch):
 
 def test_encode_files_when_none_can_be_read(tmp_path):
     write_images(tmp_path)
-    found = cache.encode_files(["2.png", "5.png"], tmp_path, BACKBONE, REWARD, 16, 2)
+    found = cache.encode_files(["2.png", "5.png"], tmp_path, BACKBONE, REWARD, 16, 2, 0)
     assert found["z0"] is None and found["pixels"] is None and found["names"] == []
     assert sorted(found["bad"]) == ["2.png", "5.png"]
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_workers_read_what_is_read_directly(folder, reward, size):
+    """Squares and the reward's inputs, bit for bit, and so the latents; at 96 they are resized."""
+    backbone = common.Backbone("sd3.5-medium")
+    names = [file.name for file in sorted(folder.iterdir())]
+    given = names, folder, backbone, reward, size, 5
+    here, there = (cache.encode_files(*given, workers) for workers in (0, 2))
+    assert same(here, there) and here["bad"] == there["bad"] and len(here["names"]) == 24
+    squares = [cache.read_square(folder / name, size) for name in here["names"]]
+    pixels = [(reward.resize(x[None] / 255)[0] * 255).round().to(torch.uint8) for x in squares]
+    assert torch.equal(there["pixels"], torch.stack(pixels))
+    with torch.no_grad():
+        z0 = backbone.encode(torch.stack(squares) / 255)
+    assert_close(there["z0"].float(), z0, rtol=1e-3, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------- what trains
@@ -424,6 +440,25 @@ def test_the_probe_set_holds_features_of_its_images(whole, reward):
         norms.append(reward.visual(x).norm())
     assert_close(torch.stack(probe["cls"]), torch.stack(cls).mean(0), rtol=1e-3, atol=1e-3)
     assert probe["embedding_norm"] == pytest.approx(float(torch.stack(norms).mean()), rel=1e-4)
+
+
+def test_transformer_and_vae_are_never_loaded_together(folder, tmp_path, monkeypatch):
+    """Text encoders first, then the VAE for all latents, and the transformer for the probe set."""
+    seen = []
+    read, load = common.Backbone.text_pipeline, common.Backbone.load
+
+    def spy(backbone, part, dtype):
+        seen.append((part, "vae" in backbone.__dict__))
+        return load(backbone, part, dtype)
+
+    def spy_text(backbone):
+        seen.append("text")
+        return read(backbone)
+
+    monkeypatch.setattr(common.Backbone, "load", spy)
+    monkeypatch.setattr(common.Backbone, "text_pipeline", spy_text)
+    run(folder, tmp_path)
+    assert seen == ["text", ("vae", False), ("transformer", False)]
 
 
 def same(a, b):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import children
 import pytest
@@ -207,21 +208,92 @@ class Pixels:
         return x.flatten(1), x.flatten(1)[:, None]
 
 
-INDICES = [0, 1, 2, 3, 4, 5, 6, 7], [7, 0, 3, 5, 2], [6, 6, 3, 0, 3, 7, 0], [5], [3, 3, 3]
+def loader(images, start=0, steps=4, rank=0, processes=1, **changed):
+    """The batches of a process, 6 images a step over all: 4 steps are 3 epochs of 8 images."""
+    args = dict(batch=6, sigma_law="uniform", seed=3, workers=0, device="cpu") | changed
+    place = SimpleNamespace(process_index=rank, num_processes=processes)
+    return [*finetune.batches(SimpleNamespace(**args), images, start, steps, place)]
 
 
-@pytest.mark.parametrize("index", INDICES, ids=str)
+def assert_equal(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        assert all(map(torch.equal, a, b)) and len(a) == len(b)
+
+
+@pytest.fixture
+def images(shards, monkeypatch):
+    """The data set of (z_0, pixels), memory-mapped."""
+    monkeypatch.setattr(finetune, "KEPT_TARGETS", 0)
+    return finetune.training_images(*shards[:2], Pixels())
+
+
 @pytest.mark.parametrize("limit", [0, 2**30], ids=["computed", "in memory"])
-def test_batches_keep_the_order_of_the_index(shards, monkeypatch, index, limit):
-    """Across shards, unsorted and repeated; a latent stays with its own image's targets."""
+def test_a_latent_stays_with_its_own_targets(shards, monkeypatch, limit):
+    """Across shards, in any order, repeated."""
     monkeypatch.setattr(finetune, "KEPT_TARGETS", limit)
     out, listed, whole = shards
-    data = finetune.training_images(out, listed, Pixels(), 3)
-    assert len(data) == 8 and len(data[0]) == (3 if limit else 2)
-    z0, e_rm, h_rm = finetune.batch_of(data, Pixels(), torch.tensor(index))
-    pixels = whole["pixels"][index].flatten(1) / 255
-    assert torch.equal(z0, whole["z0"][index].float()) and torch.equal(h_rm, pixels[:, None])
-    assert_close(e_rm, F.normalize(pixels, dim=-1))
+    images = finetune.training_images(out, listed, Pixels())
+    assert len(images) == 8
+    order = torch.tensor([7, 0, 3, 5, 2, 3])
+    z_t, t, *clean = finetune.draw_batch(images, order, "uniform", 3, range(1, 6))
+    pixels = whole["pixels"][order[1:]]
+    if limit:
+        e_rm, h_rm = clean
+        assert torch.equal(h_rm, pixels.flatten(1)[:, None] / 255)
+        assert_close(e_rm, F.normalize(h_rm[:, 0], dim=-1))
+    else:
+        assert torch.equal(clean[0], pixels) and len(clean) == 1
+    for p in range(1, 6):
+        draw = common.generator(3, "train", p)
+        sigma = torch.rand(1, generator=draw)
+        eps = torch.randn(2, 3, 3, generator=draw)
+        z0 = whole["z0"][order[p]].float()
+        assert t[p - 1] == sigma and torch.equal(z_t[p - 1], (1 - sigma) * z0 + sigma * eps)
+
+
+def test_every_image_once_an_epoch(shards, images):
+    """In an order that changes with the epoch and the seed; an epoch may end within a batch."""
+    whole = shards[2]["pixels"].flatten(1).tolist()
+
+    def order(**changed):
+        pixels = torch.cat([batch[2] for batch in loader(images, **changed)])
+        return [whole.index(x) for x in pixels.flatten(1).tolist()]
+
+    epochs = [order()[k : k + 8] for k in (0, 8, 16)]
+    assert [sorted(epoch) for epoch in epochs] == [[*range(8)]] * 3
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert order(seed=4) != order() == order(workers=2)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_data_do_not_depend_on_the_number_of_processes(images, processes):
+    """Their shares, one after the other, are the batch of one: the same images, sigma and noise."""
+    shares = [loader(images, rank=k, processes=processes) for k in range(processes)]
+    assert all(len(share[0][0]) == 6 // processes for share in shares)
+    joined = [[torch.cat(v) for v in zip(*step, strict=True)] for step in zip(*shares, strict=True)]
+    assert_equal(joined, loader(images))
+
+
+def test_data_of_later_steps_need_no_earlier_ones(images):
+    assert_equal(loader(images, start=2), loader(images)[2:])
+    assert_equal(loader(images, steps=3), loader(images)[:3])
+
+
+@pytest.mark.parametrize("limit", [0, 2**30], ids=["memory-mapped", "in memory"])
+def test_workers_send_the_same_bits(shards, monkeypatch, limit):
+    monkeypatch.setattr(finetune, "KEPT_TARGETS", limit)
+    images = finetune.training_images(*shards[:2], Pixels())
+    assert_equal(loader(images, workers=2), loader(images))
+
+
+@pytest.mark.parametrize("preset", finetune.PRESETS)
+def test_the_vae_stitch_trains_for_three_times_the_epochs(preset):
+    """Unless they are given. NoisyCLIP, which is stitched there too, has the value model's."""
+    one = finetune.parse_args(["--preset", preset]).epochs
+    assert finetune.parse_args(["--preset", preset, "--front", "vae"]).epochs == 3 * one
+    assert finetune.parse_args(["--front", "vae", "--epochs", "2"]).epochs == 2
+    baseline = noisyclip.parse_args(["--preset", preset])
+    assert baseline.epochs == one == (12 if preset == "mini" else 5) and baseline.front == "vae"
 
 
 def test_noisyclip_reads_the_same_images(shards):
@@ -234,7 +306,7 @@ def test_noisyclip_reads_the_same_images(shards):
 def test_a_missing_shard_is_named(shards):
     out, listed, _ = shards
     (out / listed[1]["file"]).unlink()
-    for read, more in ((finetune.training_images, (Pixels(), 3)), (noisyclip.load_shards, ())):
+    for read, more in ((finetune.training_images, [Pixels()]), (noisyclip.load_shards, [])):
         message = refusal(read, out, listed, *more)
         assert "shard_00001.pt is missing" in message and "01_cache_features.py" in message
 
@@ -272,7 +344,9 @@ def run(tmp_path_factory):
         stage.main(stage.parse_args(["--out", str(out), *flags]))
 
     def train(*flags, stage=finetune):
-        stage.main(stage.parse_args([*FEW, "--out", str(out), *map(str, flags)]))
+        with mock.patch.object(common, "claim"):  # other processes are to run in this folder
+            args = stage.parse_args([*FEW, "--out", str(out), *map(str, flags)])
+        stage.main(args)
 
     return out, train
 
@@ -290,12 +364,12 @@ def assert_same(found, wanted):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_two_processes_are_one_with_twice_the_batch(run):
-    """Over gloo; the first alone writes."""
+def test_two_processes_are_one(run):
+    """Over gloo: --batch is of both together; the first alone writes."""
     out, train = run
     train("--front", "vae", "--batch", 16, "--value", out / "whole.pt")
     wanted, before = logged(out, "_vae"), set(out.iterdir())
-    flags = ("--front", "vae", "--batch", 8, "--value", out / "two.pt")
+    flags = ("--front", "vae", "--batch", 16, "--value", out / "two.pt")
     children.run_two("03_finetune", *FEW, "--out", out, *flags)
     assert_same(logged(out, "_vae"), wanted)
     assert set(out.iterdir()) - before == {out / "two.pt"}
@@ -309,12 +383,41 @@ def test_accelerate_launches_two_processes(run):
     wanted = logged(out)
     launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
     launch += " --mixed_precision no --dynamo_backend no --main_process_port 0 03_finetune.py"
-    command = [sys.executable, "-m", *launch.split(), *FEW, "--out", str(out), "--batch", "8"]
+    command = [sys.executable, "-m", *launch.split(), *FEW, "--out", str(out), "--batch", "16"]
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(common.ROOT))
     done = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(logged(out), wanted)
     assert "2 processes" in done.stdout and done.stdout.count("wrote") == 3
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(run, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator", lambda cpu: SimpleNamespace(num_processes=3))
+    message = refusal(run[1], "--batch", 16)
+    assert "--batch 16 cannot be shared equally by 3 processes" in message
+
+
+def test_the_transformer_is_cut_before_it_is_moved(run, monkeypatch):
+    """Of eight blocks the four that V needs, which --compile compiles; the tower's dtype is set."""
+    moved = []
+    compiled = []
+    move = torch.nn.Module.to
+
+    def spy(module, *args, **kwargs):
+        moved.append(module)
+        return move(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", spy)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    flags = ["--out", str(run[0]), "--dtype", "bfloat16", "--compile"]
+    model = finetune.load(finetune.parse_args(flags))[3]
+    moved = [common.dit_blocks(m) for m in moved if hasattr(m, "transformer_blocks")]
+    assert moved == [common.dit_blocks(model.transformer)] and len(moved[0]) == 4
+    assert compiled == moved[0] and model.transformer.norm_out is None
+    assert model.reward.dtype == model.transformer.dtype == torch.bfloat16
+    assert model.stitch.F.weight.dtype == torch.float32
+    without = finetune.load(finetune.parse_args([*flags[:2], "--front", "vae"]))[3]
+    assert without.transformer is None and len(compiled) == 4
 
 
 def test_parts_of_a_batch_are_the_batch(run):

@@ -99,8 +99,15 @@ def test_docstring_has_every_part_in_25_lines(stage):
 def stage_and_flags(request, monkeypatch):
     """The module and its parser's actions, without parsing anything."""
     stage = importlib.import_module(request.param)
-    monkeypatch.setattr(stage, "parse_stage", lambda parser, presets, argv=None: parser)
-    return stage, [a for a in stage.parse_args([])._actions if a.dest != "help"]
+    parsers = []
+
+    def parse(parser, presets, argv=None):
+        parsers.append(parser)
+        return parser.parse_args([])
+
+    monkeypatch.setattr(stage, "parse_stage", parse)
+    stage.parse_args([])
+    return stage, [a for a in parsers[0]._actions if a.dest != "help"]
 
 
 def test_first_flags_are_the_same(stage_and_flags):

@@ -8,8 +8,8 @@ Reads   out/cache.pt (01), out/stitch.pt (02), captions of the training images
 Writes  out/value_noisyclip.pt, in the format of 03, out/noisyclip.json, out/noisyclip.png; while it
         runs value_noisyclip.train, where --resume goes on to the same bits
 Run     python tests/studies/noisyclip.py --out runs/mini/sd3.5-medium_clip
-All flags of 03 apply but --front, --embedding, --lam-tok and --micro-batch: a batch is contrasted
-as a whole, in one process.
+All flags of 03 apply but --front, --embedding, --lam-tok, --micro-batch and --workers: a batch is
+contrasted as a whole, in one process.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def parse_args(argv=None):
     )
     p.add_argument("--captions", help="COCO-style file; None: the miniature's own")
     given, rest = p.parse_known_args(argv)
-    args = finetune.parse_args([*rest, "--front", "vae", "--embedding", "unit"])
+    args = finetune.parse_args([*rest, "--embedding", "unit"])
+    args.front = "vae"  # but with the epochs of the others
     args.captions = str(given.captions or CAPTIONS.get(args.preset))
     args.value = args.value or str(Path(args.out, "value_noisyclip.pt"))
     return args
