@@ -11,7 +11,8 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, Table 1, App. D.2, Eqs. (4), (11),
         the second of both, as far as the shorter goes.
 Reads   value.pt (03) of each reward of a sum; prompts
 Writes  out/05_dps.json, with the scores of each prompt; out/05_strength.png; out/05_grid.png;
-        with --save-images out/05_images/<method and strengths>/ in GenEval's layout
+        with --save-images out/05_images/<method and strengths>/ in GenEval's layout; while it
+        runs 05_dps.parts/, a file for each batch of prompts, where --resume goes on
 Run     python 05_dps.py
         python 05_dps.py --strengths-tweedie 10 20 40 --strengths-stitchvm 10 20 40
         python 05_dps.py --guide-to 0.5 --out DIR --value FILE       # above sigma .5 only
@@ -20,6 +21,7 @@ Departs from the paper: the first step is unguided in form (39), for t/(1-t) is 
         the GPU allocator's; on the CPU it is what autograd keeps in a step of one sample.
 """
 
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,19 +31,25 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
+    COUNT,
+    FINITE,
+    SHARE,
     Backbone,
     Reward,
     clean_reward,
+    digest,
     draw_lines,
     fail,
     generator,
     gflop,
     image_grid,
     joint_value,
+    keep_or_drop,
     load_prompts,
     load_values,
     mean_and_error,
     now,
+    once,
     parse_stage,
     print_table,
     save_table,
@@ -52,9 +60,12 @@ from common import (
     timing,
     tweedie,
     value_files,
+    within,
     write_images,
 )
 
+# flags that --resume may change
+FREE = ("out", "device", "value", "scorers", "save_images", "resume", "restart", "compile")
 METHODS = ("flow", "tweedie", "stitchvm", "stitchvm+tweedie")
 NU = {"sde": lambda t: 3 * t * t, "ode": lambda t: 0.0}
 MINI = dict(prompts="tests/mini/data/drawbench.txt", limit=32, resolution=64, steps=40, batch=16)
@@ -68,23 +79,27 @@ PRESETS = {"mini": MINI, "24gb": PAPER | dict(resolution=512), "paper": PAPER}
 def parse_args(argv=None):
     p = stage_parser(__file__, __doc__, PRESETS)
     add = p.add_argument
-    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    add("--value", nargs="+", metavar="FILE", help="value models, one for each reward of the sum")
-    add("--prompts", help="text, JSON list, COCO's captions or GenEval's JSON lines")
-    add("--limit", type=int, help="use this many of them at most")
+    several = partial(add, nargs="+")
+    several("--methods", default=list(METHODS), choices=METHODS, help="a row for each strength")
+    several("--value", metavar="FILE", help="value models, one for each reward of the sum")
+    add("--prompts", help="a file of load_prompts: text, JSON, JSON lines, a table")
+    add("--limit", type=COUNT, help="use this many of them at most")
     add("--scorers", nargs="*", help="rewards that judge, too")
     add("--save-images", action="store_true", help="write the images of every row")
-    add("--strengths-tweedie", type=float, nargs="+", metavar="C", help="c of tweedie, a row each")
-    add("--strengths-stitchvm", type=float, nargs="+", metavar="C", help="c of stitchvm")
+    several("--strengths-tweedie", type=FINITE, metavar="C", help="c of tweedie, a row each")
+    several("--strengths-stitchvm", type=FINITE, metavar="C", help="c of stitchvm")
     add("--guidance", choices=("exact", "constant", "unit"), help="(39), d c grad, or of unit norm")
-    add("--guide-from", type=float, default=1.0, help="guide at sigma up to this")
-    add("--guide-to", type=float, default=0.0, help="and above this")
-    add("--handover", type=float, default=0.25, help="sigma where tweedie takes over from stitchvm")
-    add("--steps", type=int, help="of the sampler (D.2: 100)")
+    add("--guide-from", type=SHARE, default=1.0, help="guide at sigma up to this")
+    add("--guide-to", type=SHARE, default=0.0, help="and above this")
+    add("--handover", type=SHARE, default=0.25, help="sigma where tweedie takes over from stitchvm")
+    add("--steps", type=within(int, 2), help="of the sampler (D.2: 100)")
     add("--sampler", choices=tuple(NU), default="sde", help="nu = 3 t^2, or 0")
-    add("--cfg", type=float, help="None: 4.5; 1 for FLUX, which is distilled")
-    add("--batch", type=int, help="samples at a time; their noises do not depend on it")
+    add("--cfg", type=FINITE, help="None: 4.5; 1 for FLUX, which is distilled")
+    add("--batch", type=COUNT, help="samples at a time; their noises do not depend on it")
     add("--checkpointing", action="store_true", help="of tweedie: less memory, more work")
+    add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
+    add("--resume", action="store_true", help="go on from <out>/05_dps.parts")
+    add("--restart", action="store_true", help="drop what an unfinished run left there")
     return parse_stage(p, PRESETS, argv)
 
 
@@ -174,18 +189,18 @@ def load(args):
         fail(f"{len(rows)} prompts in {args.prompts}: a standard error needs two at least")
     names = args.reward.split("+")
     files = value_files(args, names) if any("stitchvm" in m for m in args.methods) else []
-    backbone = Backbone(args.backbone, args.preset, args.device, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    backbone = Backbone(args.backbone, args.preset, args.device, dtype, args.compile)
     run = SimpleNamespace(backbone=backbone, device=backbone.device, rows=rows)
     run.prompts = [row["prompt"] for row in rows]
     embedded = backbone.prompts(["", *run.prompts], args.out)
-    run.null = [v[:1] for v in embedded]
+    run.null = [v[:1].to(run.device) for v in embedded]
     run.condition = [v[1:] for v in embedded]
-    run.rewards = [Reward(name, args.preset, args.device) for name in names]
+    run.rewards = [Reward(name, args.preset, args.device, dtype) for name in names]
     run.texts = [reward.text(run.prompts) for reward in run.rewards]
     valued = run.rewards[: len(files)]
     run.values, run.artifacts = load_values(files, backbone, valued, args.resolution)
-    distilled = backbone.transformer.config.get("guidance_embeds")
-    cfg = (1.0 if distilled else 4.5) if args.cfg is None else args.cfg
+    cfg = backbone.cfg if args.cfg is None else args.cfg
     more = dict(null=run.null, cfg=cfg, checkpointing=args.checkpointing)
     run.velocity = partial(backbone.velocity, **more)
     run.share = shares_prefix(run.values, backbone, run.null, cfg) and backbone.transformer
@@ -196,12 +211,14 @@ def load(args):
         backbone.vae.enable_gradient_checkpointing()
     run.grid = backbone.grid(args.steps, args.resolution)
     run.shape = backbone.latent_shape(args.resolution)
+    run.spec = {k: v for k, v in vars(args).items() if k not in FREE}
+    run.spec |= dict(prompts=digest(run.prompts), values=[a["id"] for a in run.artifacts])
     return run
 
 
 def step_functions(run, rows):
     """velocity(z, sigma) and {kind: gradient(z, sigma), or None} of a slice of the prompts."""
-    condition = [v[rows] for v in run.condition]
+    condition = [v[rows].to(run.device) for v in run.condition]
     texts = [t if t is None else t[rows] for t in run.texts]
     velocity = partial(run.velocity, condition=condition)
     standard = partial(tweedie_gradient, velocity, run.backbone.decode, run.rewards, texts)
@@ -215,22 +232,30 @@ def noise(args, shape, prompts):
     return torch.stack([torch.randn(args.steps + 1, *shape, generator=g) for g in streams], 1)
 
 
-def sample_batch(run, args, guides, prompts):
-    """Images uint8 (B, 3, H, W), seconds a sample, failures, peak bytes of a range of prompts."""
+def sample_batch(run, args, runs, prompts):
+    """{name: what each of the runs gives} of a range of prompts, from the same noises."""
+    velocity, gradients = step_functions(run, slice(prompts.start, prompts.stop))
+    found = {}
+    for name, (_, guides) in runs.items():  # in turn: a busy machine falls on all of them
+        guides = [(gradients[kind], c) for kind, c in guides]
+        found[name] = sample_run(run, args, velocity, guides, prompts)
+    return found
+
+
+def sample_run(run, args, velocity, guides, prompts):
+    """Images uint8 (B, 3, H, W), failed (B,), seconds a sample and peak bytes."""
     is_cuda = run.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
-    velocity, gradients = step_functions(run, slice(prompts.start, prompts.stop))
-    guides = [(gradients[kind], c) for kind, c in guides]
     began = now(run.device)
     z, *noises = noise(args, run.shape, prompts).to(run.device)
     z = sample(z, noises, run.grid, velocity, guides, args.guidance, NU[args.sampler])
     failed = ~z.flatten(1).isfinite().all(1)
-    z[failed] = 0.0  # a sample that overflowed is scored as what it is, no image
-    x = run.backbone.decode(z)
+    x = run.backbone.decode(z.nan_to_num(0.0, 0.0, 0.0))
     seconds = (now(run.device) - began) / len(z)
     peak = torch.cuda.max_memory_allocated(run.device) if is_cuda else 0
-    return (x * 255).round().to(torch.uint8).cpu(), seconds, int(failed.sum()), peak
+    images = (x * 255).round().to(torch.uint8).cpu()
+    return dict(images=images, failed=failed.cpu(), seconds=seconds, peak=peak)
 
 
 def kept_for_backward(step, weights=()):
@@ -254,34 +279,51 @@ def costs(run, kinds):
     point = [torch.full(shape, 0.5, device=run.device) for shape in ((1, *run.shape), (1,))]
     steps = {kind: partial(gradients[kind] or velocity, *point) for kind in kinds}
     steps["decode"] = partial(run.backbone.decode, point[0])
-    frozen = [run.backbone.transformer, run.backbone.vae, *(r.model for r in run.rewards)]
+    frozen = [run.backbone.transformer, run.backbone.vae, *(r.visual for r in run.rewards)]
     frozen += [module for v in run.values for module in (v, v.transformer)]
     return {k: (gflop(step), kept_for_backward(step, frozen)) for k, step in steps.items()}
 
 
+def score(run, args, runs, batches):
+    """{scorer: scores (runs, prompts)} and images (runs, prompts, 3, H, W); a failed sample, which
+    is no image, has none."""
+    images = torch.stack([torch.cat([b[name]["images"] for b in batches]) for name in runs])
+    failed = torch.stack([torch.cat([b[name]["failed"] for b in batches]) for name in runs])
+    if failed.all():
+        fail("every sample became NaN or infinite: try --dtype float32, or lower strengths")
+    given = images.flatten(0, 1), run.prompts * len(runs)
+    scores = score_images(args.scorers, run.rewards, args.preset, run.device, *given)
+    scores = {k: x.view(len(runs), -1).masked_fill(failed, torch.nan) for k, x in scores.items()}
+    return scores, images
+
+
 @torch.no_grad()
 def main(args):
-    if args.steps < 2 or not 1 >= args.guide_from > args.guide_to >= 0:
-        fail("--steps must be at least 2 and 1 >= --guide-from > --guide-to >= 0")
+    if not args.guide_from > args.guide_to:
+        fail("--guide-from must be above --guide-to")
+    parts = Path(args.out, "05_dps.parts")
+    keep_or_drop(parts, args)
     run = load(args)
     runs = plan(args, run.grid)
     cost = costs(run, {kind for _, guides in runs.values() for kind, _ in guides})
-    batches = {name: [] for name in runs}
+    batches = []
     for k in tqdm(range(0, len(run.rows), args.batch)):
         prompts = range(len(run.rows))[k : k + args.batch]
-        for name, (_, guides) in runs.items():  # in turn: a busy machine falls on all of them
-            batches[name].append(sample_batch(run, args, guides, prompts))
-    images = [torch.cat([x for x, *_ in found]) for found in batches.values()]
-    given = (torch.cat(images), run.prompts * len(runs))
-    scores = score_images(args.scorers, run.rewards, args.preset, run.device, *given)
-    scores = {k: x.view(len(runs), -1) for k, x in scores.items()}
+        work = partial(sample_batch, run, args, runs, prompts)
+        batches.append(once(parts / f"{k:05d}.pt", "05_dps", run.spec, args.resume, work))
+    run.values.clear()
+    run.share = bool(run.share)
+    run.backbone.free()  # the scorers need the room
+    scores, images = score(run, args, runs, batches)
     for n, (name, (row, guides)) in enumerate(runs.items()):
-        _, seconds, failed, peaks = zip(*batches[name], strict=True)
-        row |= dict(steps=args.steps, n=len(run.rows), failed=sum(failed))
-        row |= mean_and_error({k: x[n] for k, x in scores.items()})
-        row["s_per_sample"], row["s_spread"] = timing(seconds)
+        found = [batch[name] for batch in batches]
+        failed = sum(int(b["failed"].sum()) for b in found)
+        row |= dict(steps=args.steps, n=len(run.rows), failed=failed)
+        row |= mean_and_error({k: x[n][x[n].isfinite()] for k, x in scores.items()})
+        row["s_per_sample"], row["s_spread"] = timing([b["seconds"] for b in found])
         row["gflop_per_sample"] = cost["decode"][0] + sum(cost[kind][0] for kind, _ in guides)
-        row["peak_memory_mb"] = max(*peaks, *(cost[kind][1] for kind, _ in guides)) / 1e6
+        peaks = [b["peak"] for b in found] + [cost[kind][1] for kind, _ in guides]
+        row["peak_memory_mb"] = max(peaks) / 1e6
         if args.save_images:
             row["images"] = f"05_images/{name}"
             write_images(Path(args.out, row["images"]), run.rows, images[n][:, None])
@@ -290,11 +332,12 @@ def main(args):
     print_table(rows, [k for k in rows[-1] if k not in errors | {"images"}])
     if max(row["s_spread"] for row in rows) > 0.5:
         print("warning: the machine was busy with something else: do not rely on the seconds")
-    about = dict(shared=bool(run.share), values=[a["id"] for a in run.artifacts])
+    about = dict(shared=run.share, values=run.spec["values"])
     by_prompt = [{k: x[n].tolist() for k, x in scores.items()} for n in range(len(rows))]
     save_table(args, "05_dps", rows, **about, scores_of_prompts=by_prompt)
     draw_lines(rows, "strength", list(scores), "method", Path(args.out, "05_strength.png"))
     image_grid([x[:8] for x in images], list(runs), run.prompts[:8], Path(args.out, "05_grid.png"))
+    shutil.rmtree(parts)
 
 
 if __name__ == "__main__":

@@ -1070,6 +1070,7 @@ def write_images(folder, rows, images):
     """
     from torchvision.io import write_png
 
+    shutil.rmtree(folder, ignore_errors=True)  # another run's would be counted with these
     for k, (row, samples) in enumerate(zip(rows, images, strict=True)):
         place = Path(folder, f"{k:05d}")
         (place / "samples").mkdir(parents=True, exist_ok=True)
@@ -1144,6 +1145,16 @@ def once(path, stage, spec, resume, work):
     data = work()
     save_training(path, stage, spec, data)
     return data
+
+
+def keep_or_drop(path, args):
+    """Stop at what an unfinished run left, a file or a folder, unless a flag says what to do."""
+    path = Path(path)
+    if not path.exists() or args.resume:
+        return
+    if not args.restart:
+        fail(f"{path} is of an unfinished run: go on with --resume, or drop it with --restart")
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def load_artifact(path, expect, maker):

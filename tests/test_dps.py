@@ -3,6 +3,7 @@ against references, and short runs as a user runs them."""
 
 import importlib
 import json
+import weakref
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -257,6 +258,7 @@ def functions(sd3, rewards, values, condition, texts, cfg=4.5, share=False, chec
     more = dict(null=NULL, cfg=cfg, checkpointing=checkpointing)
     backbone = SimpleNamespace(velocity=partial(common.velocity, sd3), decode=decode)
     run = SimpleNamespace(backbone=backbone, rewards=rewards, values=values, null=NULL)
+    run.device = torch.device("cpu")
     run.velocity = partial(backbone.velocity, **more)
     run.condition = condition
     run.texts = texts
@@ -536,14 +538,104 @@ def test_a_joint_reward_is_the_sum_and_the_batch_does_not_matter(run, values, tm
     assert abs(flow["reward"] - guided["reward"]) > 5e-3
 
 
+SHORT = ("clip", "--steps", 2, "--limit", 3, "--batch", 2, "--methods", "flow", "stitchvm")
+
+
+def test_a_run_that_was_cut_off_goes_on(run, values, tmp_path, monkeypatch):
+    """Finished batches are not sampled again; other flags or prompts are refused; same table."""
+    lines = (ROOT / "tests/mini/data/drawbench.txt").read_text().splitlines()[:3]
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    flags = (*SHORT, "--value", values["clip"], "--prompts", tmp_path / "p.txt")
+    whole = run(*flags, out=tmp_path / "whole")[0]
+    sample = dps.sample_batch
+    done = []
+
+    def cut(run, args, runs, prompts):
+        if done:
+            raise KeyboardInterrupt
+        done.append(prompts)
+        return sample(run, args, runs, prompts)
+
+    monkeypatch.setattr(dps, "sample_batch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags)
+    assert [p.name for p in (tmp_path / "out/05_dps.parts").iterdir()] == ["00000.pt"]
+    done.clear()
+    with pytest.raises(SystemExit, match="go on with --resume, or drop it with --restart"):
+        run(*flags)
+    with pytest.raises(SystemExit, match="(?s)does not fit this run.*seed"):
+        run(*flags, "--resume", "--seed", 1)
+    (tmp_path / "p.txt").write_text("\n".join(["a red circle", *lines[1:]]))
+    with pytest.raises(SystemExit, match="(?s)does not fit this run.*prompts"):
+        run(*flags, "--resume")
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    table = run(*flags, "--resume")[0]
+    assert done == [range(2, 3)] and not (tmp_path / "out/05_dps.parts").exists()
+    for row, wanted in zip(table["rows"], whole["rows"], strict=True):
+        wanted |= {k: row[k] for k in ("s_per_sample", "s_spread")}
+        assert row == wanted
+    assert table["scores_of_prompts"] == whole["scores_of_prompts"]
+
+
+def test_scorers_come_when_the_generator_has_gone(run, values, monkeypatch):
+    models = []
+    load, scores = dps.load, dps.score_images
+
+    def spy_load(args):
+        found = load(args)
+        models.append(found.backbone)
+        models.append(weakref.ref(found.backbone.transformer))
+        return found
+
+    def spy_scores(*given):
+        assert models[1]() is None and "vae" not in vars(models[0])
+        return scores(*given)
+
+    monkeypatch.setattr(dps, "load", spy_load)
+    monkeypatch.setattr(dps, "score_images", spy_scores)
+    run("hpsv2", *SHORT, "--value", values["clip"])
+    assert len(models) == 2
+
+
+@pytest.mark.parametrize("broken", [[0], [0, 1, 2]])
+def test_failed_samples_are_no_images(run, values, monkeypatch, broken):
+    """They are counted and have no score; a run of nothing else stops and writes no table."""
+    step = dps.sample
+
+    def spoilt(z, *given):
+        z = step(z, *given)
+        z[[k for k in broken if k < len(z)]] = torch.nan
+        return z
+
+    monkeypatch.setattr(dps, "sample", spoilt)
+    flags = (*SHORT[:5], "--batch", 3, "--methods", "flow")
+    if len(broken) == 3:
+        with pytest.raises(SystemExit, match="every sample became NaN"):
+            run(*flags)
+        return
+    table = run(*flags)[0]
+    (row,), (scores,) = table["rows"], table["scores_of_prompts"]
+    assert row["failed"] == 1 and row["n"] == 3 and scores["reward"][0] is None
+    assert row["reward"] == pytest.approx(sum(scores["reward"][1:]) / 2, abs=1e-6)
+
+
+def test_images_of_another_run_are_not_mixed_in(run, tmp_path):
+    flags = (*SHORT[:3], "--methods", "flow", "--save-images")
+    for limit in (3, 2):
+        run(*flags, "--limit", limit)
+    found = [p.name for p in (tmp_path / "out/05_images/flow_0").iterdir()]
+    assert sorted(found) == ["00000", "00001"]
+
+
 MISUSE = [
     (["--reward", "dfn-clip"], "no value model of dfn-clip.*03_finetune.py --reward dfn-clip"),
     (["--reward", "clip+hpsv2", "--value", "one.pt"], "1 files for the 2 rewards"),
     (["--prompts", "nowhere.txt"], "no file of prompts nowhere.txt"),
     (["--limit", "1"], "1 prompts in .*drawbench.txt"),
-    (["--guide-to", "0.5", "--guide-from", "0.5"], "--guide-from > --guide-to"),
-    (["--steps", "1"], "--steps must be at least 2"),
-    (["--preset", "24gb"], "no file of prompts None: pass a text file"),
+    (["--guide-to", "0.5", "--guide-from", "0.5"], "--guide-from must be above"),
+    (["--steps", "1"], "argument --steps: 1 does not lie"),
+    (["--preset", "24gb"], "no file of prompts None"),
+    (["--cfg", "nan"], "argument --cfg: nan does not lie"),
     (["--reward", "nothing", "--methods", "flow"], "there is no nothing"),
 ]
 
@@ -556,7 +648,7 @@ def test_misuse_is_answered_in_one_sentence(run, flags, message):
 
 
 def test_a_broken_list_of_prompts_is_refused(run, tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"text": "a red circle"}\n')
+    (tmp_path / "p.jsonl").write_text('{"words": "a red circle"}\n')
     with pytest.raises(SystemExit, match="^error: .*is no list of prompts"):
         run("--prompts", tmp_path / "p.jsonl")
 
