@@ -7,7 +7,8 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.1, Table 5: zero-shot retrieval (CLIP
         value_mse the mean over images and texts of (V(z_t, c) - r(x_0, c))^2
 Reads   out/value.pt, value_vae.pt, value_noisyclip.pt; benchmarks, JSON lines of an image and its
         texts (retrieval), text and rank in a group (preferences) or ten counts of votes
-Writes  out/04_eval_noisy.json, 04_quality.png (against sigma), 04_cost.png (error against GFLOP)
+Writes  out/04_eval_noisy.json, 04_quality.png (against sigma), 04_cost.png (error against GFLOP);
+        while it runs 04_eval_noisy.parts/, a file for each batch, where --resume goes on
 Run     python 04_eval_noisy.py
         python 04_eval_noisy.py --benchmarks tests/mini/data/tune/coco.jsonl --methods stitchvm
         python tests/published/benchmarks.py coco FOLDER   # makes FOLDER/coco.jsonl
@@ -17,6 +18,8 @@ Departs from the paper: noise draws, standard errors, the null text for all but 
 
 import json
 import math
+import shutil
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -28,25 +31,31 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from common import (
+    COUNT,
     Backbone,
     Reward,
     add_noise,
+    digest,
     draw_lines,
     fail,
     generator,
     gflop,
+    keep_or_drop,
     load_value,
     mean_and_error,
     now,
+    once,
     parse_stage,
     print_table,
     save_table,
     stage_parser,
     timing,
     tweedie,
+    within,
 )
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
+FREE = ("out", "device", "value", "resume", "restart", "compile")  # flags --resume may change
 METHODS = ["stitchvm", "vae-stitch", "noisyclip", "tweedie", "mc"]
 BASELINES = {"vae-stitch": "03_finetune.py --front vae", "noisyclip": "tests/studies/noisyclip.py"}
 DRAWN = [f"tests/mini/data/{n}.jsonl" for n in ("coco", "flickr30k", "hpdv2", "imagereward", "ava")]
@@ -59,16 +68,21 @@ PRESETS = {
 
 def parse_args(argv=None):
     p = stage_parser(__file__, __doc__, PRESETS)
-    add = partial(p.add_argument, type=int)
-    add("--benchmarks", nargs="+", type=str, help="JSON-lines files, used if they fit the reward")
-    add("--limit", help="images of each benchmark at most")
-    add("--methods", nargs="+", type=str, default=METHODS, choices=METHODS, help="estimators")
-    add("--value", type=str, help="value model of stitchvm; None: value.pt in --out")
-    add("--draws", default=2, help="noise draws for each image and sigma")
-    add("--mc-images", default=40, help="images of the first benchmark for Monte Carlo")
-    add("--rollouts", default=32, help="of each of their latents; all of them are the reference")
-    add("--rollout-steps", default=20, help="steps of the grid; a rollout has those below sigma")
-    add("--batch", help="images, latents or rollouts at a time")
+    add = p.add_argument
+    number = partial(add, type=COUNT)
+    add("--benchmarks", nargs="+", help="JSON-lines files, used if they fit the reward")
+    number("--limit", help="images of each benchmark at most")
+    add("--methods", nargs="+", default=METHODS, choices=METHODS, help="estimators")
+    add("--value", help="value model of stitchvm; None: value.pt in --out")
+    number("--draws", default=2, help="noise draws for each image and sigma")
+    number("--mc-images", default=40, help="images of the first benchmark for Monte Carlo")
+    text = "of each of their latents; all of them are the reference"
+    add("--rollouts", type=within(int, 2), default=32, help=text)
+    number("--rollout-steps", default=20, help="steps of the grid; a rollout has those below sigma")
+    number("--batch", help="images, latents or rollouts at a time")
+    add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
+    add("--resume", action="store_true", help="go on from <out>/04_eval_noisy.parts")
+    add("--restart", action="store_true", help="drop what an unfinished run left there")
     return parse_stage(p, PRESETS, argv)
 
 
@@ -151,16 +165,28 @@ def load_benchmarks(args, reward):
     benches = {}
     for file in map(Path, args.benchmarks or []):
         try:
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
             rows = [row | dict(image=file.parent / row["image"]) for row in rows]
-            found = [k for k in ("votes", "rank", "texts") if k in rows[0]][0]
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+            found = next(k for k in ("votes", "rank", "texts") if k in rows[0])
+            check_rows(rows, found)
+        except (OSError, ValueError, LookupError, TypeError, StopIteration) as e:
             fail(f"{file} is no benchmark, see tests/published/benchmarks.py ({e!r})")
         if found == kind:
             benches[file.stem] = rows[: first_images(rows, args.limit or len(rows))]
     if not benches:
         fail(f"no benchmark for {args.reward}: pass --benchmarks with images and their {kind}")
     return benches
+
+
+def check_rows(rows, kind):
+    """An error for a row without what its kind needs: votes, texts, another image in its list."""
+    groups = Counter(row["group"] for row in rows if kind == "rank")
+    for n, row in enumerate(rows, 1):
+        if not (sum(row[kind]) if kind == "votes" else row["texts"]):
+            raise ValueError(f"line {n} has no {kind}")
+        if groups and groups[row["group"]] < 2:
+            raise ValueError(f"line {n} is alone in its list")
 
 
 def read_image(file):
@@ -173,26 +199,44 @@ def read_image(file):
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def embed_files(files, backbone, reward, resolution, batch):
-    """Centre squares' latents (n, C, h, w) and unit embeddings (n, E), and the whole files'."""
-    parts = []
-    for k in tqdm(range(0, len(files), batch), desc="images", leave=False):
-        try:
-            images = [read_image(file) for file in files[k : k + batch]]
-        except Exception as e:
-            fail(f"an image of a benchmark, which is scored whole, cannot be read: {e}")
-        squares = [pil_to_tensor(ImageOps.fit(i, (resolution, resolution))) for i in images]
-        x = torch.stack(squares).to(backbone.device) / 255
-        whole = torch.stack([reward.transform(image) for image in images]).to(backbone.device)
-        e = [F.normalize(raw, dim=-1) for raw in (reward.embed(x)[0], reward.visual(whole))]
-        parts.append((backbone.encode(x), *e))
-    return tuple(torch.cat(v) for v in zip(*parts, strict=True))
+def embed_batch(rows, name, backbone, reward, methods, roll, args):
+    """Of the images of `rows` unit embeddings e_rm of centre squares and `clean` of whole files,
+    (n, E), on the CPU; at each sigma of each method (n, draws, E), and of rollouts `samples`."""
+    try:
+        images = [read_image(row["image"]) for row in rows]
+    except Exception as e:
+        fail(f"an image of a benchmark, which is scored whole, cannot be read: {e}")
+    size = (args.resolution, args.resolution)
+    squares = torch.stack([pil_to_tensor(ImageOps.fit(image, size)) for image in images])
+    x = squares.to(backbone.device) / 255
+    whole = torch.stack([reward.transform(image) for image in images]).to(backbone.device)
+    both = dict(e_rm=reward.embed(x)[0], clean=reward.visual(whole))
+    found = {k: F.normalize(raw, dim=-1).cpu() for k, raw in both.items()}
+    z0 = backbone.encode(x)
+    for sigma in SIGMAS:
+        t = torch.full((len(z0),), sigma, device=z0.device)
+        at = {method: [] for method in methods}
+        for draw in range(args.draws):
+            seeds = [(args.seed, name, sigma, draw, str(row["image"].name)) for row in rows]
+            eps = torch.stack([torch.randn(z0.shape[1:], generator=generator(*s)) for s in seeds])
+            z = add_noise(z0, eps.to(z0.device), t)
+            for method, embed in methods.items():
+                at[method].append(embed(z, t).cpu())
+                if not at[method][-1].isfinite().all():  # NaN would rank as well as it sorts
+                    fail(f"{method} gives NaN at sigma {sigma} of {name}: try --dtype float32")
+            if roll and draw == 0:
+                g = generator(args.seed, "rollouts", sigma, rows[0]["image"].name)
+                samples, at["steps"] = roll(z, sigma, g=g)
+                at["samples"] = samples.cpu()
+        found[sigma] = {k: torch.stack(v, 1) if k in methods else v for k, v in at.items()}
+    return found
 
 
-def measure(rows, scores, first_text):
+def measure(rows, scores, first_text, norms=1.0):
     """{metric: units (u, 2), of each what is right and what is counted}; or a correlation.
 
-    scores (n, m) of the first n images and all texts, or (n,); first_text (n,), an image's.
+    scores (n, m) of the first n images and all texts, or (n,); first_text (n,), an image's; norms
+    (n, 1) of their embeddings.
     """
     n = len(scores)
     if "votes" in rows[0]:
@@ -212,7 +256,8 @@ def measure(rows, scores, first_text):
         found |= {"imagereward_accuracy": pairs, "imagereward_accuracy_by_prompt": by_prompt}
     else:
         image_of = torch.tensor([k for k, row in enumerate(rows) for _ in row["texts"]])
-        i2t, t2i = recall_at_1(scores, image_of)
+        # trap: a mean's norm says how sure it is, and would rank the images of a text
+        i2t, t2i = recall_at_1(scores / norms, image_of)
         found = {"recall@1_i2t": i2t}
         if n == len(rows):  # a few images are no gallery to find a text's image in
             found["recall@1_t2i"] = t2i
@@ -234,9 +279,10 @@ def summary(draws, n):
     return float(value), float(error)
 
 
-def table_rows(rows, draws, first_text, about):
-    """A row of the table for each metric of the scores (n, …) of several noise draws."""
-    found = [measure(rows, scores, first_text) for scores in draws]
+def table_rows(rows, draws, first_text, norms, about):
+    """A row of the table for each metric of scores (n, …), norms (n, 1) of some noise draws."""
+    pairs = zip(draws, norms, strict=True)
+    found = [measure(rows, scores, first_text, norm) for scores, norm in pairs]
     about = about | dict(n=len(draws[0]), draws=len(draws))
     both = {metric: summary([f[metric] for f in found], len(draws[0])) for metric in found[0]}
     return [about | dict(metric=k, value=v, value_se=error) for k, (v, error) in both.items()]
@@ -262,47 +308,46 @@ def errors(draws, r, first_text, halves=None, part=False):
     return found
 
 
-def evaluate(name, rows, backbone, reward, methods, roll, args):
+def evaluate(name, rows, backbone, reward, methods, roll, args, spec):
     """The table's rows of a benchmark; methods {name: embed(z, sigma)}; roll(z, t, g=) or None."""
-    files = [row["image"] for row in rows]
-    z0, e_rm, clean = embed_files(files, backbone, reward, args.resolution, args.batch)
+    sub = first_images(rows, args.mc_images) if roll else 0
+    starts = sorted({*range(0, sub, args.batch), *range(sub, len(rows), args.batch)})
+    parts = []
+    for k, end in zip(tqdm(starts, desc=name), [*starts[1:], len(rows)], strict=True):
+        given = rows[k:end], name, backbone, reward, methods, roll if k < sub else None, args
+        path = Path(args.out, f"04_eval_noisy.parts/{name}_{k:06d}.pt")
+        parts.append(once(path, "04_eval_noisy", spec, args.resume, partial(embed_batch, *given)))
+    e_rm, clean = (torch.cat([part[k] for part in parts]) for k in ("e_rm", "clean"))
     texts = [text for row in rows for text in row.get("texts", [])]
     texts = list(dict.fromkeys(texts)) if "rank" in rows[0] else texts
     first_text = torch.tensor([texts.index(row["texts"][0]) for row in rows if texts])
     text = reward.text(texts)
 
     def score(e):
+        e = e.to(reward.device)
         return (reward.score(e) if text is None else e @ text.T).cpu()
 
     r = score(e_rm)
     about = dict(method="clean", benchmark=name, sigma=0.0)
-    table = table_rows(rows, [score(clean)], first_text, about)
-    sub = first_images(rows, args.mc_images) if roll else 0
-    for sigma in tqdm(SIGMAS, desc=name):
-        t = torch.full((len(z0),), sigma, device=z0.device)
-        noisy = []
+    table = table_rows(rows, [score(clean)], first_text, [1.0], about)
+    for sigma in SIGMAS:
+        at = [part[sigma] for part in parts]
+        estimates = {"constant": [e_rm.mean(0, keepdim=True).expand_as(e_rm)]}
+        estimates |= {m: torch.cat([a[m] for a in at]).unbind(1) for m in methods}
         halves = None
-        for draw in range(args.draws):
-            eps = torch.randn(z0.shape, generator=generator(args.seed, name, sigma, draw))
-            noisy.append(add_noise(z0, eps.to(z0.device), t))
-        estimates = {"constant": [score(e_rm.mean(0, keepdim=True)).expand_as(r).clone()]}
-        for method, embed in methods.items():
-            parts = [zip(z.split(args.batch), t.split(args.batch), strict=True) for z in noisy]
-            estimates[method] = [score(torch.cat([embed(*zs) for zs in part])) for part in parts]
         if sub:
-            g = generator(args.seed, "rollouts", sigma)
-            samples, steps = roll(noisy[0][:sub], sigma, g=g)
+            samples = torch.cat([a["samples"] for a in at if "samples" in a])
             halves = [score(samples[:, h::2].mean(1)) for h in (0, 1)]
             for k in [k for k in (1, 4, 16, args.rollouts) if k <= args.rollouts]:
-                estimates[f"mc-{k}"] = [score(samples[:, :k].mean(1))]
-        for method, draws in estimates.items():
-            if not all(v.isfinite().all() for v in draws):  # NaN would rank as well as it sorts
-                fail(f"{method} gives NaN at sigma {sigma} of {name}: try --dtype float32")
+                estimates[f"mc-{k}"] = [samples[:, :k].mean(1)]
+        for method, embeddings in estimates.items():
+            draws = [score(e) for e in embeddings]
             part = method.startswith("mc-")
             about = dict(method=method, benchmark=name, sigma=sigma)
             about |= errors(draws, r[: len(draws[0])], first_text, halves, part)
-            about |= dict(rollout_steps=steps) if part else {}
-            table += table_rows(rows, draws, first_text, about)
+            about |= dict(rollout_steps=at[0]["steps"]) if part else {}
+            norms = [e.norm(dim=-1, keepdim=True) for e in embeddings]
+            table += table_rows(rows, draws, first_text, norms, about)
     return table
 
 
@@ -351,21 +396,24 @@ def add_costs(rows, calls, z):
 
 @torch.no_grad()
 def main(args):
-    if args.rollouts < 2:
-        fail(f"--rollouts {args.rollouts}: the error of their mean is that between two halves")
+    folder = Path(args.out, "04_eval_noisy.parts")
+    keep_or_drop(folder, args)
     device = torch.device(args.device)
-    reward = Reward(args.reward, args.preset, device)
+    dtype = getattr(torch, args.dtype)
+    reward = Reward(args.reward, args.preset, device, dtype)
     benches = load_benchmarks(args, reward)
-    backbone = Backbone(args.backbone, args.preset, device, getattr(torch, args.dtype))
-    null = backbone.prompts([""])
+    backbone = Backbone(args.backbone, args.preset, device, dtype, args.compile)
+    null = [v.to(device) for v in backbone.prompts([""])]
     rows = []
     methods, parents = load_methods(args, backbone, reward, null)
     grid = backbone.grid(args.rollout_steps, args.resolution)
     more = dict(grid=grid, rollouts=args.rollouts, batch=args.batch)
     roll = partial(rollout_embeddings, backbone, reward, null, **more)
+    spec = {k: v for k, v in vars(args).items() if k not in FREE} | dict(values=parents)
+    spec |= dict(benchmarks=digest({k: list(map(str, v)) for k, v in benches.items()}))
     for name, bench in benches.items():
         first_roll = roll if "mc" in args.methods and not rows else None
-        rows += evaluate(name, bench, backbone, reward, methods, first_roll, args)
+        rows += evaluate(name, bench, backbone, reward, methods, first_roll, args, spec)
         save_table(args, "04_eval_noisy", rows, values=parents)
     methods["denoiser"] = lambda z, sigma: backbone.velocity(z, sigma, null)
     methods["decode and reward"] = lambda z, sigma: reward.embed(backbone.decode(z))
@@ -380,6 +428,7 @@ def main(args):
     x = "log10 GFLOP per value"
     priced = [r | {x: math.log10(r["gflop_per_value"])} for r in first if r["gflop_per_value"]]
     draw_lines(priced, x, ["value_mse"], "method", Path(args.out, "04_cost.png"))
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

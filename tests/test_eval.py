@@ -417,30 +417,55 @@ def test_benchmarks_that_cannot_be_read(files, tmp_path):
         assert "--benchmarks" in refusal(call, arguments(none), reward_of(True))
 
 
-def test_embed_files(tmp_path):
-    """Of each image the centre square for the backbone, the whole file for its authors' scores."""
+def test_embed_batch(tmp_path):
+    """Of each image the centre square for the backbone, the whole file for its authors' scores; at
+    each sigma each method's draws, on the CPU; noise belongs to an image, not to its batch."""
     for k, (w, h) in enumerate([(40, 20), (16, 16), (12, 30)]):
         x, side = np.full((h, w, 3), 255, np.uint8), min(w, h)
         top, left = (h - side) // 2, (w - side) // 2
         x[top : top + side, left : left + side] = 50 * k
         Image.fromarray(x).save(tmp_path / f"{k}.png")
-    names = [tmp_path / f"{k}.png" for k in range(3)]
+    rows = [dict(image=tmp_path / f"{k}.png") for k in range(3)]
 
     def transform(image):
         return torch.tensor([image.width, image.height, 0.0])
 
-    backbone = SimpleNamespace(device=torch.device("cpu"), encode=lambda x: x)
+    seen = []
+    backbone = SimpleNamespace(device=torch.device("cpu"), encode=lambda x: seen.append(x) or x)
     visual = SimpleNamespace(
         transform=transform, visual=lambda x: x, embed=lambda x: (x.flatten(1), None)
     )
-    z0, e, whole = evaluate.embed_files(names, backbone, visual, 8, 2)
+    given = "coco", backbone, visual, dict(mine=lambda z, t: z.flatten(1)), None
+    args = SimpleNamespace(resolution=8, draws=2, seed=0)
+    found = evaluate.embed_batch(rows, *given, args)
+    z0 = seen[0]
     assert z0.shape == (3, 3, 8, 8) and float(z0.max()) <= 1
     grey = torch.tensor([0, 50, 100]).view(3, 1, 1, 1) / 255
     assert_close(z0[..., 2:6, 2:6], grey.expand(3, 3, 4, 4))
-    assert_close(e, F.normalize(z0.flatten(1), dim=-1))
-    assert_close(whole, F.normalize(torch.tensor([[40.0, 20, 0], [16, 16, 0], [12, 30, 0]])))
+    assert_close(found["e_rm"], F.normalize(z0.flatten(1), dim=-1))
+    whole = torch.tensor([[40.0, 20, 0], [16, 16, 0], [12, 30, 0]])
+    assert_close(found["clean"], F.normalize(whole, dim=-1))
+    noisy = found[0.5]["mine"]
+    assert noisy.shape == (3, 2, 192) and not torch.equal(noisy[:, 0], noisy[:, 1])
+    eps = 2 * noisy - z0.flatten(1)[:, None]
+    assert float(eps.mean()) == pytest.approx(0, abs=0.1) and 0.9 < float(eps.std()) < 1.1
+    assert_close(evaluate.embed_batch(rows[1:2], *given, args)[0.5]["mine"], noisy[1:2])
     (tmp_path / "1.png").unlink()
-    assert "1.png" in refusal(evaluate.embed_files, names, backbone, visual, 8, 2)
+    assert "1.png" in refusal(evaluate.embed_batch, rows, *given, args)
+
+
+def test_a_texts_image_is_found_among_unit_embeddings():
+    """The mean embedding of an image of which V is less sure is shorter: that is no worse match."""
+    rows = [dict(texts=["a"]), dict(texts=["b"])]
+    e = torch.tensor([[1.0, 0.8], [0.0, 0.4]])  # the second image is noisier
+    text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    norms = e.norm(dim=1, keepdim=True)
+    found = evaluate.measure(rows, e @ text.T, None, norms)
+    assert found["recall@1_t2i"][:, 0].tolist() == [1, 0]
+    e[1] = torch.tensor([0.3, 0.4])  # parallel to its text, half as long as a unit vector
+    assert evaluate.measure(rows, e @ text.T, None)["recall@1_t2i"][1, 0] == 0
+    norms = e.norm(dim=1, keepdim=True)
+    assert evaluate.measure(rows, e @ text.T, None, norms)["recall@1_t2i"][1, 0] == 1
 
 
 # ---------------------------------------------------------------------------- a short run
@@ -510,6 +535,52 @@ def test_the_table_outlives_what_comes_after_it(values, tmp_path, monkeypatch):
     assert {r["method"] for r in rows} == {"clean", "constant", "stitchvm"}
 
 
+def test_a_run_that_was_cut_off_goes_on(values, tmp_path, monkeypatch):
+    """Finished batches are not embedded again; other flags are refused; the same table."""
+    flags = ["--value", values["clip"], *COCO, "--methods", "stitchvm", "mc", "--batch", 2]
+    whole = run(tmp_path / "whole", *flags)["rows"]
+    embed = evaluate.embed_batch
+    done = []
+
+    def cut(rows, *given):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(len(rows))
+        return embed(rows, *given)
+
+    monkeypatch.setattr(evaluate, "embed_batch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *flags)
+    parts = tmp_path / "04_eval_noisy.parts"
+    assert sorted(p.name for p in parts.iterdir()) == ["coco_000000.pt", "coco_000002.pt"]
+    done.clear()
+    assert "--resume, or drop it with --restart" in refusal(run, tmp_path, *flags)
+    with pytest.raises(SystemExit, match="(?s)does not fit this run.*seed"):
+        run(tmp_path, *flags, "--resume", "--seed", 1)
+    again = run(tmp_path, *flags, "--resume")["rows"]
+    assert done == [2] and not parts.exists()
+    seconds = {"ms_per_value", "ms_spread"}
+    for row, wanted in zip(again, whole, strict=True):
+        assert {k: v for k, v in row.items() if k not in seconds} == {
+            k: v for k, v in wanted.items() if k not in seconds
+        }
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"image": "a.png", "votes": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]}', "line 1 has no votes"),
+        ('{"image": "a.png", "texts": []}', "line 1 has no texts"),
+        ('{"image": "a.png", "texts": ["x"], "group": 0, "rank": 1}', "alone in its list"),
+    ],
+)
+def test_rows_that_nothing_can_be_measured_on(tmp_path, line, said):
+    """They would be NaN, or a division by zero after hours; blank lines are none."""
+    (tmp_path / "b.jsonl").write_text("\ufeff" + line + "\r\n\r\n", encoding="utf-8")
+    arguments_ = arguments([str(tmp_path / "b.jsonl")])
+    assert said in refusal(evaluate.load_benchmarks, arguments_, reward_of(True))
+
+
 def test_ranked_lists_and_votes(values, tmp_path):
     """All three accuracies of both lists, whole lists only; Spearman's of the aesthetic reward."""
     flags = ["--reward", "hpsv2", "--value", values["hpsv2"], "--methods", "stitchvm", "mc"]
@@ -526,7 +597,7 @@ def test_ranked_lists_and_votes(values, tmp_path):
 
 
 def test_misuse(values, tmp_path, monkeypatch):
-    assert "--rollouts 1" in refusal(run, tmp_path, "--rollouts", 1)
+    assert "argument --rollouts: 1 does not lie" in refusal(run, tmp_path, "--rollouts", 1)
     assert "03_finetune.py" in refusal(run, tmp_path, "--methods", "stitchvm")
     monkeypatch.setattr(evaluate, "tweedie", lambda z, u, t: z * float("nan"))
     said = refusal(run, tmp_path, "--methods", "tweedie")
