@@ -54,6 +54,7 @@ HUB = {
     "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
     "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
     "flux": "black-forest-labs/FLUX.1-dev",
+    "qwen-image": "Qwen/Qwen-Image",
 }
 # open_clip's architecture; the weights: a tag of open_clip, or a file of a hub repository
 REWARDS = {
@@ -97,11 +98,11 @@ def sde_step(z, u, t, t_next, noise, nu=lambda t: 3 * t * t):
     return x.to(z.dtype)
 
 
-def sigma_grid(scheduler, steps, tokens, is_flux=False):
+def sigma_grid(scheduler, steps, tokens, even=False):
     """The pipeline's own noise levels (steps + 1,), from 1 to 0; tokens: of one image."""
     c = scheduler.config
     levels = dict(num_inference_steps=steps)
-    if is_flux:  # trap: its pipeline names even levels, SD 3's leaves them to the scheduler
+    if even:  # trap: FLUX's pipeline names even levels, SD 3's leaves them to the scheduler
         levels = dict(sigmas=np.linspace(1, 1 / steps, steps))
     if c.get("use_dynamic_shifting"):
         slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
@@ -127,13 +128,30 @@ def keep_blocks(transformer, i):
     transformer.norm_out = transformer.proj_out = None
 
 
+def fingerprint(block):
+    """Eight digits of a module's weights, by their signs alone: no dtype changes these."""
+    found = hashlib.sha1()
+    for p in block.parameters():
+        found.update(torch.signbit(p.float()).cpu().numpy())
+    return found.hexdigest()[:8]
+
+
+def fingerprints(transformer, reward):
+    """{transformer, reward_weights}: of blocks that every stage has; None: no transformer read."""
+    found = dict(reward_weights=fingerprint(reward.visual.transformer.resblocks[-1]))
+    if transformer is not None:
+        found["transformer"] = fingerprint(dit_blocks(transformer)[0])
+    return found
+
+
 def begin(transformer, z, sigma, text, pooled, guidance=3.5):
     """All before the first block: z (B, C, h, w), sigma (B,), text (B, T, D), pooled (B, P).
 
     The state: h image tokens, c text tokens, t time embedding, all with the batch first; i;
     `fixed`, which is the same for the whole batch. guidance is what FLUX embeds.
     """
-    B, C = z.shape[:2]
+    if own := adapter(transformer):
+        return own.begin(transformer, z, sigma, text, pooled)
     h, w = (side // 2 for side in z.shape[2:])
     fixed = dict(grid=(h, w), kwargs={})
     state = dict(c=transformer.context_embedder(text), i=0, fixed=fixed)
@@ -141,7 +159,6 @@ def begin(transformer, z, sigma, text, pooled, guidance=3.5):
         # trap: it wants 1000 sigma, and says nothing when it gets sigma
         time = transformer.time_text_embed(sigma * 1000, pooled)
         return dict(state, h=transformer.pos_embed(z), t=time)
-    packed = z.view(B, C, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, 4 * C)
     ids = torch.zeros(text.shape[1] + h * w, 3, device=z.device)
     rows, columns = (torch.arange(n, device=z.device) for n in (h, w))
     ids[text.shape[1] :, 1:] = torch.cartesian_prod(rows, columns)
@@ -150,7 +167,7 @@ def begin(transformer, z, sigma, text, pooled, guidance=3.5):
         scales.append(guidance * 1000 + torch.zeros_like(scales[0]))
     time = transformer.time_text_embed(*scales, pooled)
     fixed["kwargs"] = dict(image_rotary_emb=transformer.pos_embed(ids))
-    return dict(state, h=transformer.x_embedder(packed), t=time)
+    return dict(state, h=transformer.x_embedder(pack(z)), t=time)
 
 
 def run_blocks(transformer, state, stop=None):
@@ -158,6 +175,8 @@ def run_blocks(transformer, state, stop=None):
     blocks = dit_blocks(transformer)
     stop = len(blocks) if stop is None else stop
     kwargs = dict(temb=state["t"], **state["fixed"]["kwargs"])
+    if "mask" in state:  # of the text, where it is padded
+        kwargs["encoder_hidden_states_mask"] = state["mask"]
     h = state["h"]
     c = state["c"]
     for block in blocks[state["i"] : stop]:
@@ -169,10 +188,15 @@ def end(transformer, state):
     """The velocity (B, C, h, w) from a state after the last block."""
     h, w = state["fixed"]["grid"]
     y = transformer.proj_out(transformer.norm_out(state["h"], state["t"]))
-    if hasattr(transformer, "x_embedder"):
+    if not hasattr(transformer.pos_embed, "proj"):  # SD 3's cuts the patches itself
         return unpack(y, h, w)
     y = y.view(len(y), h, w, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)  # (row, column, channel)
     return y.reshape(len(y), -1, 2 * h, 2 * w)
+
+
+def pack(z):
+    """Latents (B, C, 2 h, 2 w) -> FLUX's tokens (B, h w, C 2 2)."""
+    return F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpack(y, h, w):
@@ -301,8 +325,12 @@ class Backbone:
                 hf_hub_download(self.source, "model_index.json")
             self.index = diffusers.DiffusionPipeline.load_config(self.source)
         if "transformer" not in self.index:
-            fail(f"{self.source} is no pipeline of SD 3 or FLUX: its index names no transformer")
+            fail(f"{self.source} is no pipeline known here: its index names no transformer")
         self.transformer_class = getattr(diffusers, self.index["transformer"][1])
+
+    @property
+    def adapter(self):
+        return ADAPTERS.get(self.transformer_class.__name__)
 
     @property
     def is_flux(self):
@@ -362,10 +390,11 @@ class Backbone:
     def grid(self, steps, resolution):
         """Noise levels, floats from 1 to 0, for square images of so many pixels a side."""
         tokens = (resolution // 16) ** 2
-        return sigma_grid(self.scheduler, steps, tokens, self.is_flux).tolist()
+        even = self.is_flux or self.adapter is not None
+        return sigma_grid(self.scheduler, steps, tokens, even).tolist()
 
     def latent_shape(self, resolution):
-        return self.vae.config.latent_channels, resolution // 8, resolution // 8
+        return self.vae.decoder.conv_in.in_channels, resolution // 8, resolution // 8
 
     def latent_space(self):
         """What two backbones must have in common to read each other's latents: the VAE."""
@@ -373,19 +402,26 @@ class Backbone:
         weights = torch.cat([m.weight.flatten() for m in ends]).bfloat16().cpu()
         digest = hashlib.sha1(weights.view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
         c = self.vae.config
+        if self.adapter:
+            return f"{self.transformer_class.__name__}'s latents, vae {digest}"
         scaling = f"scale {c.scaling_factor:.4f}, shift {c.shift_factor:.4f}"
         return f"{c.latent_channels} channels, {scaling}, vae {digest}"
 
     def encode(self, x):
         """Images -> latents: posterior mean, shifted and scaled."""
+        x = x.to(self.device) * 2 - 1
+        if self.adapter:
+            return self.adapter.encode(self.vae, x)
         c = self.vae.config
-        mean = self.vae.encode(x.to(self.device) * 2 - 1).latent_dist.mean
-        return (mean - c.shift_factor) * c.scaling_factor
+        return (self.vae.encode(x).latent_dist.mean - c.shift_factor) * c.scaling_factor
 
     def decode(self, z):
         """Latents -> images, clamped to [0, 1]; differentiable."""
-        c = self.vae.config
-        x = self.vae.decode(z.float() / c.scaling_factor + c.shift_factor).sample
+        if self.adapter:
+            x = self.adapter.decode(self.vae, z.float())
+        else:
+            c = self.vae.config
+            x = self.vae.decode(z.float() / c.scaling_factor + c.shift_factor).sample
         return (x / 2 + 0.5).clamp(0, 1)
 
     def velocity(self, z, sigma, condition, null=None, cfg=1.0, **more):
@@ -412,23 +448,18 @@ class Backbone:
             rows = torch.from_file(str(path), size=size, dtype=self.dtype).view(len(texts), -1)
         with needs(self.source):
             c = self.transformer_class.load_config(self.source, subfolder="transformer")
-        text, pooled = rows.tensor_split([-c["pooled_projection_dim"]], 1)
+        P = self.adapter.pooled if self.adapter else c["pooled_projection_dim"]
+        text, pooled = rows.tensor_split([-P], 1)
         return text.unflatten(1, (-1, c["joint_attention_dim"])), pooled
 
     @torch.no_grad()
     def encode_prompts(self, texts, batch, file=None):
         """Rows (N, T D + P), a prompt's text and pooled embedding; file: they are written there."""
         pipe = self.text_pipeline()
-        t5 = pipe.tokenizer_2 if self.is_flux else pipe.tokenizer_3 or pipe.tokenizer_2
-        length = min(512 if self.is_flux else 256, t5.model_max_length)
-        options = dict(device=self.device, max_sequence_length=length, prompt_2=None)
-        if not self.is_flux:
-            options |= dict(prompt_3=None, do_classifier_free_guidance=False)
         rows = None
         for k in range(0, len(texts), batch):
-            found = pipe.encode_prompt(list(texts[k : k + batch]), **options)
-            pooled = found[1 if self.is_flux else 2]  # SD 3 has negative ones between
-            part = torch.cat([found[0].flatten(1), pooled], 1)
+            text, pooled = self.embed(pipe, list(texts[k : k + batch]))
+            part = torch.cat([text.flatten(1), pooled], 1)
             if rows is None:
                 size = len(texts) * part.shape[1]
                 rows = torch.empty(0 if file else size, dtype=self.dtype)
@@ -437,6 +468,18 @@ class Backbone:
                 rows = rows.view(len(texts), -1)
             rows[k : k + batch] = part
         return rows
+
+    def embed(self, pipe, texts):
+        """Text (N, T, D), of one T for all texts, and pooled (N, P), by the pipeline's encoders."""
+        if self.adapter:
+            return self.adapter.prompts(pipe, texts, self.device)
+        if self.is_flux:
+            length = min(512, pipe.tokenizer_2.model_max_length)
+            return pipe.encode_prompt(texts, None, self.device, max_sequence_length=length)[:2]
+        length = min(256, (pipe.tokenizer_3 or pipe.tokenizer_2).model_max_length)
+        options = dict(max_sequence_length=length, do_classifier_free_guidance=False)
+        found = pipe.encode_prompt(texts, None, None, self.device, **options)
+        return found[0], found[2]  # negative ones between
 
     def text_pipeline(self):
         """The pipeline with its text encoders only."""
@@ -458,6 +501,55 @@ class Backbone:
             if getattr(pipe, name, None) is not None:
                 getattr(pipe, name).to(self.device)
         return pipe
+
+
+# ---------------------------------------------------------------------------- one backbone more
+class QwenImage:
+    """All that a backbone besides SD 3 and FLUX provides (docs/published.md).
+
+    Here pooled (B, P) is the mask of the text (B, T, D), which is padded with zeros.
+    """
+
+    pooled = 512  # P, and T
+
+    def begin(self, transformer, z, sigma, text, pooled):
+        """The state before the first block."""
+        grid = z.shape[2] // 2, z.shape[3] // 2
+        h = transformer.img_in(pack(z))
+        t = transformer.time_text_embed(sigma.to(z.dtype), h)  # trap: of sigma, not of 1000 sigma
+        c = transformer.txt_in(transformer.txt_norm(text))
+        rotary = transformer.pos_embed([(1, *grid)], z.device, text.shape[1])  # one frame
+        fixed = dict(grid=grid, kwargs=dict(image_rotary_emb=rotary))
+        return dict(h=h, c=c, t=t, mask=pooled.bool(), i=0, fixed=fixed)
+
+    def prompts(self, pipe, texts, device):
+        """Text (N, T, D), of one T for all texts, and pooled (N, P), by the pipeline's encoder."""
+        text, mask = pipe.encode_prompt(texts, device, max_sequence_length=self.pooled)
+        mask = torch.ones_like(text[..., 0]) if mask is None else mask  # trap: None if all is text
+        room = self.pooled - text.shape[1]
+        return F.pad(text, (0, 0, 0, room)), F.pad(mask, (0, room))
+
+    def encode(self, vae, x):
+        """Images in [-1, 1] -> latents, shifted and scaled."""
+        mean, std = self.channels(vae)
+        return ((vae.encode(x[:, :, None]).latent_dist.mean - mean) / std)[:, :, 0]
+
+    def decode(self, vae, z):
+        """Latents -> images in [-1, 1]; differentiable."""
+        mean, std = self.channels(vae)
+        return vae.decode(z[:, :, None] * std + mean).sample[:, :, 0]
+
+    def channels(self, vae):
+        both = vae.config.latents_mean, vae.config.latents_std
+        return [torch.tensor(v, device=vae.device).view(-1, 1, 1, 1) for v in both]
+
+
+ADAPTERS = {"QwenImageTransformer2DModel": QwenImage()}
+
+
+def adapter(transformer):
+    """None of SD 3's and FLUX's, which stand in the functions themselves."""
+    return ADAPTERS.get(type(getattr(transformer, "_orig_mod", transformer)).__name__)  # compiled
 
 
 # ---------------------------------------------------------------------------- the reward model
@@ -798,7 +890,7 @@ class StitchedValue(nn.Module):
         """Of the latents that are read."""
         if self.front == "vae":
             return self.stitch.F.in_channels
-        packed = 4 if hasattr(self.transformer, "x_embedder") else 1
+        packed = 1 if hasattr(self.transformer.pos_embed, "proj") else 4
         return self.transformer.config.in_channels // packed
 
     def trained_state(self):
@@ -835,10 +927,11 @@ def guide(value, prompts, c, form="unit"):
     """
     text = value.reward.text([prompts] if isinstance(prompts, str) else prompts)
     move = partial(guiding_move, value, text, c, form)
-    moves = [0.0]  # what the step under way is to get at its end
+    moves = []  # what the step under way is to get at its end
 
     def add_move(pipe, k, timestep, tensors):
-        z = tensors["latents"] + moves.pop()
+        z = tensors["latents"] + (moves.pop() if k else 0.0)
+        moves.clear()  # of a call that was cut off
         t, *after = pipe.scheduler.sigmas[k + 1 :].tolist()
         if after:
             moves.append(move(z, t, after[0]))
@@ -930,7 +1023,10 @@ def load_values(files, backbone, rewards, resolution=None):
             cut[name] = Backbone(name, preset, backbone.device, backbone.dtype).prefix(i)
     values = []
     for file, reward, artifact in zip(files, rewards, artifacts, strict=True):
-        transformer = cut.get(artifact["spec"]["backbone"])
+        spec = artifact["spec"]
+        transformer = cut.get(spec["backbone"])
+        known = fingerprints(transformer if spec["front"] == "dit" else None, reward).items()
+        load_artifact(file, {k: v for k, v in known if k in spec}, maker)
         try:
             values.append(build_value(artifact, transformer, reward))
         except RuntimeError as e:
@@ -1261,7 +1357,7 @@ def stage_parser(file, doc, presets):
     p = Parser(name, formatter_class=Help, allow_abbrev=False, **texts)
     add = p.add_argument
     add("--preset", choices=presets, default="mini", help="the miniature, 24 GB, or appendix D")
-    add("--backbone", default="sd3.5-medium", help="or sd3.5-large, flux, a folder, a hub id")
+    add("--backbone", default="sd3.5-medium", help="or sd3.5-large, flux, qwen-image, FOLDER, ID")
     add("--reward", default="clip", help="clip, dfn-clip, hpsv2, aesthetic, or an open_clip folder")
     add("--out", help="run folder; None: runs/<preset>/<backbone>_<reward>")
     add("--seed", type=WHOLE, default=0, help="of all that is random")

@@ -170,7 +170,9 @@ def test_a_stock_pipeline_is_guided_as_by_05(values, name, form):
     t5 = pipe.tokenizer_2 if name == "flux" else pipe.tokenizer_3
     given["max_sequence_length"] = t5.model_max_length  # of the published ones the default is less
     call = partial(pipe, PROMPTS, **given)
-    found = call(callback_on_step_end=common.guide(value, PROMPTS, 20.0, form)).images
+    guided = partial(call, callback_on_step_end=common.guide(value, PROMPTS, 20.0, form))
+    found = guided().images
+    assert torch.equal(guided().images, found)  # it serves any number of calls
     plain = call().images
     if name == "flux":
         found, plain = (common.unpack(x, 4, 4) for x in (found, plain))
