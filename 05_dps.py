@@ -21,6 +21,7 @@ Departs from the paper: the first step is unguided in form (39), for t/(1-t) is 
         the GPU allocator's; on the CPU it is what autograd keeps in a step of one sample.
 """
 
+import argparse
 import shutil
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ MINI |= dict(guidance="unit", strengths_tweedie=[20], strengths_stitchvm=[40])
 MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
 PAPER = dict(resolution=1024, steps=100, batch=1, guidance="exact", scorers=["clip", "hpsv2"])
 PAPER |= dict(strengths_tweedie=[1, 3, 10, 25, 50], strengths_stitchvm=[50, 100, 200, 350, 700])
-PRESETS = {"mini": MINI, "24gb": PAPER | dict(resolution=512), "paper": PAPER}
+PRESETS = {"mini": MINI, "24gb": PAPER | dict(resolution=512, checkpointing=True), "paper": PAPER}
 
 
 def parse_args(argv=None):
@@ -96,7 +97,8 @@ def parse_args(argv=None):
     add("--sampler", choices=tuple(NU), default="sde", help="nu = 3 t^2, or 0")
     add("--cfg", type=FINITE, help="None: 4.5; 1 for FLUX, which is distilled")
     add("--batch", type=COUNT, help="samples at a time; their noises do not depend on it")
-    add("--checkpointing", action="store_true", help="of tweedie: less memory, more work")
+    switch = argparse.BooleanOptionalAction
+    add("--checkpointing", action=switch, default=False, help="of tweedie: less memory, more work")
     add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
     add("--resume", action="store_true", help="go on from <out>/05_dps.parts")
     add("--restart", action="store_true", help="drop what an unfinished run left there")
