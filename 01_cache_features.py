@@ -4,8 +4,9 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 4.1, App. C.1: of 200 images u^{<=i}(z_
         diffusion block i and r^{<=j-1}(x_0) for every reward block j <= j_max,
             z_t = (1-t) z_0 + t eps,   z_0 = (E(x_0) - shift) scale,   t ~ U[0, 1],   eps ~ N(0, I)
 Reads   a folder of images, of any size and mode: centre squares
-Writes  out/cache/shard_*.pt: z_0 float16, reward inputs uint8, file names. out/cache.pt: probe set
-        z_0, t, eps, DiT tokens (L, n, g*g, D), reward's (j_max, n, g*g, d), mean CLS; null text
+Writes  out/cache/shard_<key>.pt: z_0 float16, reward inputs uint8, file names. out/cache.pt: which
+        shards; null text; probe set: z_0, t, eps, DiT tokens (L, n, g*g, D), reward's (j_max, n,
+        g*g, d), mean CLS. A shard's key is of its files' names, sizes and times: a run goes on
 Run     python 01_cache_features.py
         python 01_cache_features.py --preset 24gb --images DIR --benchmarks hpdv2.jsonl ava.jsonl
         python 01_cache_features.py --preset paper --images DIR --backbone flux
@@ -14,8 +15,10 @@ Departs from the paper: DiT tokens are stored on the reward's patch grid, which 
 """
 
 import json
+import os
+from collections import Counter
+from contextlib import suppress
 from functools import partial
-from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +34,10 @@ from common import (
     Reward,
     add_noise,
     begin,
+    digest,
     dit_blocks,
     fail,
+    fingerprints,
     generator,
     needs,
     now,
@@ -46,6 +51,7 @@ from common import (
     tokens_entering,
 )
 
+READ = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DRAWN = ["tests/mini/data/hpdv2.jsonl", "tests/mini/data/ava.jsonl"]
 PRESETS = {
     "mini": dict(images="tests/mini/data/train", benchmarks=DRAWN, resolution=64, batch=100),
@@ -104,36 +110,71 @@ def tokens_by_depth(visual, x, j_max):
 # ---- to here ----
 
 
+def files_below(folder):
+    """{real path: path from the folder} of the files below it: each once, whatever links there."""
+    walked = set()
+    found = {}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in walked else sorted(f for f in folders if f[0] != ".")
+        walked.add(real)
+        for file in sorted(f for f in files if f[0] != "."):
+            path = os.path.join(place, file)
+            found.setdefault(os.path.realpath(path), os.path.relpath(path, folder))
+    return found
+
+
 def training_images(folder, benchmarks, skip):
     """Sorted paths of images below a folder; those of a benchmark are refused, or skipped."""
     if not (folder and Path(folder).is_dir()):
         fail(f"{folder} is not a folder of images; pass one with --images")
-    files = glob("**", root_dir=folder, recursive=True)
-    names = sorted(f for f in files if f.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
+    found = files_below(folder)
+    kinds = Counter(Path(name).suffix.lower() for name in found.values())
+    if others := [f"{n} of {kind or 'no suffix'}" for kind, n in kinds.items() if kind not in READ]:
+        print(f"left out, for only {' '.join(READ)} are read: {', '.join(others)}")
     stems = set()
     for file in benchmarks or []:
-        with needs(file), open(file) as lines:
-            stems |= {Path(json.loads(line)["image"]).stem for line in lines}
-    test = [name for name in names if Path(name).stem in stems]
+        with needs(file), open(file, encoding="utf-8-sig") as lines:
+            stems |= {Path(json.loads(line)["image"]).stem for line in lines if line.strip()}
+    called = {name: {Path(name).stem, Path(real).stem} for real, name in found.items()}
+    names = sorted(name for name in called if Path(name).suffix.lower() in READ)
+    test = [name for name in names if called[name] & stems]
     if test and not skip:
-        found = f"{len(test)} of the {len(names)} training images are in {' or '.join(benchmarks)}"
-        fail(f"{found} ({test[0]} for one): move them out or pass --skip-test")
+        said = f"{len(test)} of the {len(names)} training images are in {' or '.join(benchmarks)}"
+        fail(f"{said} ({test[0]} for one): move them out or pass --skip-test")
     warning = "warning: without --benchmarks nothing keeps test images out of training"
     print(f"left out {len(test)} test images" if benchmarks else warning)
-    return [name for name in names if Path(name).stem not in stems]
+    return [name for name in names if not called[name] & stems]
 
 
 def read_square(path, size):
     """The centre square of an image file, uint8 (3, size, size), or why it cannot be read."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):  # trap: convert("RGB") clips 16-bit grey at 255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        image = Image.open(path)
+        if max(image.size) > 20 * min(image.size):
+            raise ValueError("{} x {} pixels, a side over 20 times the other".format(*image.size))
+        image.load()
+        with suppress(Exception):  # broken notes of the camera leave the pixels good
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":  # trap: convert("RGB") clips 16-bit grey at 255
+            grey = np.asarray(image)
+            if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+                raise ValueError(f"pixels of mode {image.mode}, whose range is unknown")
+            image = Image.fromarray((grey / 257).round().astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (size, size))
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as e:  # whatever a broken file makes the decoder raise
         return f"{type(e).__name__}: {' '.join(str(e).splitlines()[:1])}"
+
+
+def stamps(folder, names):
+    """[(path, size, time)] of files: what changes with their content. One that is gone has none."""
+    found = []
+    for path in (Path(os.path.realpath(folder), name) for name in names):
+        s = path.stat() if path.exists() else None
+        found.append((str(path), s and s.st_size, s and s.st_mtime_ns))
+    return found
 
 
 def read_batch(root, size, resize, names):
@@ -193,6 +234,8 @@ def probe_set(args, transformer, reward, null, z0, pixels):
 
 
 def main(args):
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process does all of it
     names = training_images(args.images, args.benchmarks, args.skip_test)[: args.limit]
     if len(names) < 16 or args.probe < 4:
         fail(f"{len(names)} images in {args.images}, --probe {args.probe}: 16 and 4 are needed")
@@ -206,22 +249,22 @@ def main(args):
     held_out = {names[k] for k in order[: min(args.probe, len(names) // 4)]}
     rest = [name for name in names if name not in held_out]
     given = args.images, backbone, reward, args.resolution, args.batch, args.workers
+    key = spec, fingerprints(None, reward)
     shards = []
     bad = {}
-    for n, k in enumerate(trange(0, len(rest), args.shard, desc="shards")):
+    for k in trange(0, len(rest), args.shard, desc="shards"):
         part = rest[k : k + args.shard]
-        path = Path(args.out, f"cache/shard_{n:05d}.pt")
-        about = dict(spec=spec, images=args.images, names=part)
-        shard = torch.load(path, weights_only=True, mmap=True) if path.exists() else {}
-        if shard.get("about") != about:  # else a run that was cut off goes on after it
-            shard = dict(about=about, **encode_files(part, *given))
+        path = Path(args.out, f"cache/shard_{digest(*key, stamps(args.images, part))}.pt")
+        shard = {}
+        with suppress(Exception):  # not there yet, or damaged
+            shard = torch.load(path, weights_only=True, mmap=True)
+        if not shard:  # else a run that was cut off goes on after it
+            shard = encode_files(part, *given)
             with replacing(path) as temporary:
                 torch.save(shard, temporary)
         bad |= shard["bad"]
         if shard["names"]:
             shards.append(dict(file=f"cache/{path.name}", images=len(shard["names"])))
-    for stale in sorted(path.parent.glob("shard_*.pt"))[n + 1 :]:
-        stale.unlink()  # left by a run over more images
     probe = encode_files(sorted(held_out), *given)
     bad |= probe.pop("bad")
     if bad:
@@ -231,8 +274,13 @@ def main(args):
     backbone.free()  # the VAE goes before the transformer comes
     on_device = [v.to(reward.device) for v in null]
     probe |= probe_set(args, backbone.transformer, reward, on_device, probe["z0"], probe["pixels"])
+    spec |= fingerprints(backbone.transformer, reward)
+    spec["images"] = digest(shards, args.seed, stamps(args.images, probe["names"]))
     data = dict(shards=shards, bad=bad, null=null, probe=probe)
     save_artifact(Path(args.out, "cache.pt"), "01_cache_features", args, spec, data)
+    named = {Path(args.out, shard["file"]) for shard in shards}
+    for stale in {*Path(args.out, "cache").glob("shard_*.pt")} - named:
+        stale.unlink()  # of another run, whose cache.pt is replaced now
     print(f"{sum(s['images'] for s in shards)} training images, {len(probe['names'])} probe images")
 
 

@@ -14,6 +14,7 @@ Departs from the paper: the losses are of held-out images, a quarter of the prob
         kept is fitted on all of it. --rank-by [D5], and an explicit cut-off, --rcond [D7].
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -91,6 +92,8 @@ def draw_grid(rows, chosen, path):
 
 
 def main(args):
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process does all of it
     asked = ("reward", "backbone", "resolution")
     expect = {k: getattr(args, k) for k in asked if getattr(args, k)}
     cache = load_artifact(Path(args.out, "cache.pt"), expect, "01_cache_features.py")
@@ -103,6 +106,8 @@ def main(args):
     blocks = range(1, len(fronts))
     if args.i not in (None, *blocks) or args.j not in (None, *range(1, len(targets) + 1)):
         fail(f"i runs to {blocks[-1]}, j to {len(targets)} in {args.out}/cache.pt (01's --j-max)")
+    if not all(x.isfinite().all() for x in fronts + targets):
+        fail(f"NaN or infinite features in {args.out}/cache.pt: does --dtype float16 overflow?")
     n = len(z_t) * 3 // 4 * latent.shape[1]  # tokens of the images that the grid is fitted on
     rows = []
     for i, F in enumerate(tqdm(fronts, desc="fit")):

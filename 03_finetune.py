@@ -37,7 +37,9 @@ from common import (
     add_noise,
     draw_lines,
     fail,
+    fingerprints,
     generator,
+    keep_or_drop,
     load_artifact,
     now,
     parse_stage,
@@ -46,11 +48,13 @@ from common import (
     save_table,
     save_training,
     stage_parser,
+    track,
     within,
 )
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)  # of the validation
 KEPT_TARGETS = 2**30  # bytes; the targets of published towers are computed at every step
+FREE = ("out", "device", "resume", "restart", "track", "workers")  # --resume: all else must agree
 EPOCHS = {"mini": 12, "24gb": 5, "paper": 5}  # of the VAE stitch three times as many
 PUBLISHED = dict(lr=1e-5, sigma_law="logit-normal", warmup=100, schedule="constant", workers=8)
 PRESETS = {
@@ -80,9 +84,11 @@ def parse_args(argv=None):
     add("--log-every", type=COUNT, default=25, help="steps")
     add("--save-every", type=COUNT, default=200, help="steps between checkpoints and validations")
     add("--resume", action="store_true", help="go on from <value>.train")
+    add("--restart", action="store_true", help="drop what an unfinished run left there")
+    add("--track", metavar="DIR", help="folder of TensorBoard files of losses and validations")
     add("--workers", type=WHOLE, default=0, help="processes that read and draw data; 0: this one")
     add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
-    args = parse_stage(p, PRESETS, argv)
+    args = parse_stage(p, PRESETS, argv, writes="value")
     times = 3 if args.front == "vae" else 1
     args.epochs = args.epochs or EPOCHS[args.preset] * times
     return args
@@ -171,11 +177,15 @@ def batches(args, images, start, steps, accelerator):
 
 def training_images(out, shards, reward):
     """Dataset of (z_0, pixels), memory-mapped, or where these are small of (z_0, e_RM, h_RM)."""
-    files = [Path(out, shard["file"]) for shard in shards]
-    if missing := [file for file in files if not file.exists()]:
-        fail(f"{missing[0]} is missing; make it with: python 01_cache_features.py --out {out}")
-    tensors = [torch.load(file, weights_only=True, mmap=True) for file in files]
-    data = ConcatDataset([TensorDataset(shard["z0"], shard["pixels"]) for shard in tensors])
+    parts = []
+    for file in (Path(out, shard["file"]) for shard in shards):
+        try:
+            shard = torch.load(file, weights_only=True, mmap=True)
+            parts.append(TensorDataset(shard["z0"], shard["pixels"]))
+        except Exception as e:
+            problem = f"{file} is missing or damaged ({type(e).__name__})"
+            fail(f"{problem}; make it with: python 01_cache_features.py --out {out}")
+    data = ConcatDataset(parts)
     if len(data) * reward.visual.positional_embedding.nbytes > KEPT_TARGETS:  # shaped as h_RM
         return data
     loader = DataLoader(data, 32)
@@ -212,6 +222,8 @@ def load(args):
     reward = Reward(args.reward, args.preset, device, dtype)
     backbone = Backbone(args.backbone, args.preset, device, dtype, args.compile)
     transformer = backbone.prefix(fit["i"]) if args.front == "dit" else None
+    known = fingerprints(transformer, reward)
+    load_artifact(Path(args.out, "cache.pt"), known, "01_cache_features.py")
     null = [v.to(device) for v in cache["data"]["null"]]
     layer = Stitch(fit["W"], fit["bias"], spec["reward_grid"], spec["antialias"])
     norm = cache["data"]["probe"]["embedding_norm"]
@@ -272,6 +284,8 @@ def train(args, model, optimizer, reward, data, probe, run, checkpoint, accelera
         if not all(map(math.isfinite, last.values())):
             good = checkpoint if checkpoint.exists() else "the stitch"
             fail(f"NaN or infinite by step {step + 1}: lower --lr; the last good state is {good}")
+        if accelerator.is_main_process:
+            track(args.track, checkpoint.stem, step + 1, last)
         if saves and accelerator.is_main_process:
             print_table([last], last)
             saved = dict(weights=weights, average=average, optimizer=optimizer.state_dict())
@@ -290,11 +304,12 @@ def main(args):
     processes = accelerator.num_processes
     if args.batch % processes:
         fail(f"--batch {args.batch} cannot be shared equally by {processes} processes")
+    if accelerator.is_main_process or not args.restart:
+        keep_or_drop(checkpoint, args)
     cache, stitch, reward, model, optimizer = load(args)
     data = training_images(args.out, cache["data"]["shards"], reward)
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
-    run = vars(args) | dict(out=None, device=None, resume=None, workers=None)  # all else must agree
-    run |= dict(stitch=stitch["id"], steps=steps)
+    run = vars(args) | dict.fromkeys(FREE) | dict(stitch=stitch["id"], steps=steps)
     accelerator.print(f"{steps} steps of {args.batch} images on {processes} processes")
     probe = cache["data"]["probe"]
     rows = train(args, model, optimizer, reward, data, probe, run, checkpoint, accelerator)

@@ -1155,7 +1155,7 @@ def mean_and_error(scores):
     row = {}
     for name, x in scores.items():
         row[name] = float(x.mean())
-        row[f"{name}_se"] = float(x.std() / len(x) ** 0.5)
+        row[f"{name}_se"] = float(x.std() / len(x) ** 0.5) if len(x) > 1 else math.nan
     return row
 
 
@@ -1369,8 +1369,11 @@ def stage_parser(file, doc, presets):
     return p
 
 
-def parse_stage(p, presets, argv=None):
-    """Parse: a preset gives the defaults, flags win. Fills in --out, --device and --dtype."""
+def parse_stage(p, presets, argv=None, writes="out"):
+    """Parse: a preset gives the defaults, flags win. Fills in --out, --device and --dtype.
+
+    writes: the flag that names what no second run may write at the same time.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if "--dry-run" in argv:
         price = [sys.executable, ROOT / "tests/published/price.py", p.prog, *argv]
@@ -1398,7 +1401,7 @@ def parse_stage(p, presets, argv=None):
         print(f"drawing {world['data']} (once)", flush=True)
         subprocess.run([sys.executable, ROOT / world["maker"], ROOT / world["data"]], check=True)
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
-    claim(args.out, p.prog)
+    claim(getattr(args, writes) or args.out, p.prog)
     torch.manual_seed(args.seed)
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it already

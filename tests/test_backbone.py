@@ -230,7 +230,7 @@ def test_it_runs_through_the_stages(run):
     }
     for stage, expected in methods.items():
         rows = json.loads((run / f"{stage}.json").read_text())["rows"]
-        assert {r["method"] for r in rows} == expected
+        assert {r["method"] for r in rows} >= expected
     losses = [r["loss"] for r in json.loads((run / "03_finetune.json").read_text())["rows"]]
     assert all(0 < loss < 100 for loss in losses)
 

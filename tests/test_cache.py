@@ -1,8 +1,10 @@
 """Stage 01: features against the library's own blocks, image files of every kind, what trains."""
 
+import copy
 import importlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -177,7 +179,7 @@ def test_exif_rotation_is_applied(tmp_path):
     assert abs(read(tmp_path / "a.jpg", 32) - GREY[8:40, None, None]).max() <= 8
 
 
-SHAPES = [(64, 64), (48, 32), (31, 97), (200, 3), (1, 5), (65, 64), (513, 769)]
+SHAPES = [(64, 64), (48, 32), (31, 97), (60, 3), (1, 5), (65, 64), (513, 769)]
 
 
 @pytest.mark.parametrize("w, h", SHAPES)
@@ -236,6 +238,47 @@ def test_a_decompression_bomb_has_a_reason(tmp_path):
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     (tmp_path / "a.png").write_bytes(data)
     assert is_reason(cache.read_square(tmp_path / "a.png", 16), "DecompressionBombError")
+
+
+@pytest.mark.parametrize("size", [(30000, 1), (2, 41)])
+def test_an_absurd_shape_has_a_reason(tmp_path, size):
+    """A file of 172 bytes, of which some preprocessing makes gigabytes."""
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    found = cache.read_square(tmp_path / "a.png", 16)
+    assert is_reason(found, "ValueError") and f"{size[0]} x {size[1]} pixels" in found
+
+
+@pytest.mark.parametrize(
+    "name, at, byte, rotated",
+    [("a.jpg", 25, 2, True), ("a.webp", 25, 2, True), ("a.webp", 0, 0, False)],
+    ids=["a number called a text", "the same in WebP", "no header"],
+)
+def test_broken_notes_of_the_camera_leave_the_pixels_good(tmp_path, name, at, byte, rotated):
+    """Turned by them where that can still be read."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x011A] = 72.0
+    Image.fromarray(RAMP).convert("RGB").save(tmp_path / name, quality=95, exif=exif)
+    data = bytearray((tmp_path / name).read_bytes())
+    data[data.index(exif.tobytes()[6:]) + at] = byte
+    (tmp_path / name).write_bytes(data)
+    wanted = GREY[:, None, None] if rotated else RAMP[..., None]
+    assert abs(read(tmp_path / name) - wanted).max() <= 8
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".tif", ".tiff", ".gif", ".avif", ".jfif"])
+def test_more_kinds_of_files(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    Image.new("RGB", (48, 32), (220, 40, 40)).save(path)
+    assert abs(read(path) - (220, 40, 40)).max() <= 8
+    assert cache.training_images(tmp_path, None, False) == [path.name]
+
+
+@pytest.mark.parametrize("mode, value", [("F", 0.5), ("I", 70000), ("I", -1)])
+def test_grey_values_of_unknown_range_have_a_reason(tmp_path, mode, value):
+    """They would be black, or wrap around."""
+    Image.new(mode, (8, 8), value).save(tmp_path / "a.tif")
+    assert f"pixels of mode {mode}" in read(tmp_path / "a.tif")
 
 
 def colour(k):
@@ -320,6 +363,33 @@ def test_images_are_listed(tmp_path):
     message = refusal(cache.training_images, tmp_path / "nowhere", None, False)
     assert "nowhere is not a folder" in message
     assert "--images" in refusal(cache.training_images, None, None, False)
+
+
+def test_an_image_is_listed_once(tmp_path, capsys):
+    """Whatever links lead to it: to the folder inside it, twice; to a file; to nothing."""
+    touch(tmp_path / "a", ["x.jpg", "deep/y.jpg", ".hidden.jpg", ".hidden/z.jpg"])
+    for k in "12":
+        (tmp_path / "a" / f"loop{k}").symlink_to(tmp_path / "a")
+    (tmp_path / "a/deep/up").symlink_to(tmp_path)
+    (tmp_path / "a/y.jpg").symlink_to(tmp_path / "a/x.jpg")
+    assert cache.training_images(tmp_path / "a", None, False) == ["deep/y.jpg", "x.jpg"]
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    touch(tmp_path, ["a.jpg", "b.heic", "c.heic", "a.txt", "LICENSE"])
+    assert cache.training_images(tmp_path, None, False) == ["a.jpg"]
+    said = capsys.readouterr().out
+    assert all(s in said for s in (".png", "2 of .heic", "1 of .txt", "1 of no suffix"))
+
+
+def test_a_test_image_behind_a_link_does_not_train(tmp_path):
+    """Known by its own name, too."""
+    touch(tmp_path, ["other/953958.jpg", "a/y.jpg"])
+    (tmp_path / "a/0.jpg").symlink_to(tmp_path / "other/953958.jpg")
+    listed = [benchmark(tmp_path / "ava.jsonl", ["953958.jpg"])]
+    assert "0.jpg for one" in refusal(cache.training_images, tmp_path / "a", listed, False)
+    assert cache.training_images(tmp_path / "a", listed, True) == ["y.jpg"]
 
 
 def benchmark(path, images):
@@ -466,28 +536,118 @@ def same(a, b):
     return a["names"] == b["names"] and keys and all(torch.equal(a[k], b[k]) for k in keys)
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(folder, whole, capsys):
-    """Whole shards are kept, with the names of unreadable files; only the missing one is made."""
+@pytest.mark.parametrize("left", [None, 0, 5000], ids=["missing", "empty", "truncated"])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(folder, whole, capsys, left):
+    """Whole shards are kept, with the names of unreadable files; only the broken one is made."""
     out, data, shards = whole
     (out / "cache.pt").unlink()
-    last = sorted(shards)[-1]
-    (out / "cache" / last).unlink()
+    last = out / "cache" / sorted(shards)[-1]
+    start = last.read_bytes()[:left]
+    last.unlink()
+    if left is not None:
+        last.write_bytes(start)
+    times = {f.name: f.stat().st_mtime_ns for f in (out / "cache").glob("*.pt")}
     data_again, again = run(folder, out)
     printed = capsys.readouterr().out
     assert "skipped 1 unreadable of 25" in printed and "broken.png" in printed
-    assert [k for k in shards if again[k][0] != shards[k][0]] == [last]
+    assert [k for k in shards if again[k][0] != times.get(k)] == [last.name]
     assert all(same(shards[k][1], again[k][1]) for k in shards)
     assert same(data["probe"], data_again["probe"]) and data["bad"] == data_again["bad"]
 
 
+@pytest.fixture
+def changed(folder, tmp_path):
+    """A copy of the folder, cached: the images, the run, its data and shards."""
+    images = shutil.copytree(folder, tmp_path / "images")
+    out = tmp_path / "out"
+    return images, out, *run(images, out)
+
+
+def test_another_image_of_the_same_name_is_read(changed):
+    """A shard is of its files' content, not of their names; the other shards are kept."""
+    images, out, _, shards = changed
+    name = next(iter(shards.values()))[1]["names"][0]
+    Image.new("RGB", (64, 64), "red").save(images / name)
+    _, again = run(images, out)
+    assert len(again) == 3 and len(again.keys() & shards.keys()) == 2
+    new = next(v for k, (_, v) in again.items() if k not in shards)
+    red = cache.read_square(images / name, 64)
+    assert torch.equal(new["pixels"][new["names"].index(name)], red)
+
+
+def test_a_broken_file_that_was_repaired_is_read_again(changed):
+    images, out, data, _ = changed
+    Image.new("RGB", (64, 64), "red").save(images / "broken.png")
+    again, shards = run(images, out)
+    names = [n for _, shard in shards.values() for n in shard["names"]] + again["probe"]["names"]
+    assert list(data["bad"]) == ["broken.png"] and not again["bad"] and "broken.png" in names
+
+
+def test_a_run_that_is_cut_off_leaves_the_finished_cache_whole(changed, monkeypatch):
+    """Over fewer images: what cache.pt names is there, unchanged, until another is written."""
+    images, out, data, shards = changed
+    monkeypatch.setattr(cache, "probe_set", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(images, out, "--limit", "16", "--seed", "1")
+    now = torch.load(out / "cache.pt", weights_only=True)["data"]["shards"]
+    assert now == data["shards"] and len(now) == 3
+    found = {k: torch.load(out / "cache" / k, weights_only=True) for k in shards}
+    assert all(same(found[k], shards[k][1]) for k in shards)
+    trained = {name for shard in found.values() for name in shard["names"]}
+    assert not trained & {*data["probe"]["names"]}
+    monkeypatch.undo()
+    again, shards = run(images, out, "--limit", "16", "--seed", "1")
+    assert {s["file"] for s in again["shards"]} == {f"cache/{k}" for k in shards}
+
+
+def test_the_spec_names_images_and_weights(changed, monkeypatch):
+    """The same for the same; another for other images, or where a folder has other weights."""
+    images, out, _, _ = changed
+
+    def spec():
+        run(images, out)
+        return torch.load(out / "cache.pt", weights_only=True)["spec"]
+
+    first = spec()
+    assert spec() == first
+    held_out = torch.load(out / "cache.pt", weights_only=True)["data"]["probe"]["names"][0]
+    Image.new("RGB", (64, 64), "red").save(images / held_out)
+    assert {k for k, v in spec().items() if v != first[k]} == {"images"}
+    load = common.Backbone.load
+
+    def other(backbone, part, dtype):
+        model = load(backbone, part, dtype)
+        if part == "transformer":
+            model.transformer_blocks[0].attn.to_q.weight.data.neg_()
+        return model
+
+    monkeypatch.setattr(common.Backbone, "load", other)
+    assert {k for k, v in spec().items() if v != first[k]} == {"images", "transformer"}
+
+
+def test_a_fingerprint_does_not_depend_on_the_dtype(sd3):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    blocks = [copy.deepcopy(sd3).to(dtype).transformer_blocks[0] for dtype in dtypes]
+    assert len({common.fingerprint(block) for block in blocks}) == 1
+    assert common.fingerprint(sd3.transformer_blocks[1]) != common.fingerprint(blocks[0])
+
+
+def test_of_two_processes_one_works(changed, monkeypatch):
+    images, out, _, _ = changed
+    monkeypatch.setenv("RANK", "1")
+    before = (out / "cache.pt").stat().st_mtime_ns
+    run(images, out)
+    assert (out / "cache.pt").stat().st_mtime_ns == before
+
+
 def test_a_run_over_fewer_images_leaves_no_shard_of_the_other(folder, whole, capsys):
-    """Nor uses one: a shard belongs to its names and to what 02 must agree on."""
+    """Nor uses one: a shard belongs to its files and to what 02 must agree on."""
     data, shards = run(folder, whole[0], "--limit", "16")
     printed = capsys.readouterr().out
     assert len(shards) == len(data["shards"]) == 2 < len(whole[2])
     assert sum(s["images"] for s in data["shards"]) == 12 and "12 training images" in printed
     _, antialiased = run(folder, whole[0], "--limit", "16", "--antialias")
-    assert all(antialiased[k][0] != shards[k][0] for k in shards)
+    assert len(antialiased) == 2 and not antialiased.keys() & shards.keys()
 
 
 def test_without_any_image_that_can_be_read_there_is_no_cache(tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -311,6 +312,16 @@ def test_a_missing_shard_is_named(shards):
         assert "shard_00001.pt is missing" in message and "01_cache_features.py" in message
 
 
+@pytest.mark.parametrize("size", [0, 500, -30], ids=["empty", "cut", "nearly whole"])
+def test_a_damaged_shard_is_one_sentence(shards, size):
+    out, listed, _ = shards
+    file = out / listed[1]["file"]
+    file.write_bytes(file.read_bytes()[:size])
+    message = refusal(finetune.training_images, out, listed, Pixels())
+    assert "shard_00001.pt is missing or damaged" in message
+    assert f"python 01_cache_features.py --out {out}" in message
+
+
 def test_load_captions(tmp_path):
     """From a COCO-style file, whose annotations are in no order."""
     images = [dict(id=9, file_name="a.png"), dict(id=2, file_name="b.png")]
@@ -469,6 +480,75 @@ def test_resume_goes_on_only_from_the_same_run(run, monkeypatch):
         train(*flags)
     with pytest.raises(SystemExit, match="does not fit this run\n(.|\n)*lam_tok +1.0 +0.5"):
         train(*flags, "--resume", "--lam-tok", 0.5)
+
+
+def test_an_unfinished_run_is_not_thrown_away(run):
+    """Without a flag that says so; nor is a finished value, until another is trained."""
+    out, train = run
+    flags = ("--front", "vae", "--batch", 4, "--steps", 1, "--value", out / "third.pt")
+    left = out / "third.train"
+    left.write_text("of an unfinished run")
+    message = refusal(train, *flags)
+    assert "third.train" in message and "--resume" in message and "--restart" in message
+    assert left.read_text() == "of an unfinished run" and not (out / "third.pt").exists()
+    train(*flags, "--restart")
+    assert (out / "third.pt").exists() and not left.exists()
+
+
+def test_a_stitch_of_another_cache_is_refused(run, tmp_path):
+    """Of the same folder's other images, say; and nothing is trained."""
+    out, train = run
+    cache = torch.load(out / "cache.pt", weights_only=True)
+    cache["spec"]["images"] = "0" * 12
+    torch.save(cache, tmp_path / "cache.pt")
+    shutil.copy(out / "stitch.pt", tmp_path)
+    with pytest.raises(SystemExit, match="stitch.pt does not fit this run\n(.|\n)*images +"):
+        train("--out", tmp_path)
+
+
+def test_other_weights_in_the_same_folder_are_refused(run, monkeypatch):
+    """03 compares the transformer with the cache's, later stages with the value's; so the reward's.
+
+    A VAE stitch reads no transformer.
+    """
+    out, train = run
+    train("--batch", 4, "--steps", 1, "--value", out / "fourth.pt")
+    load = common.Backbone.load
+
+    def other(backbone, part, dtype):
+        model = load(backbone, part, dtype)
+        if part == "transformer":
+            model.transformer_blocks[0].attn.to_q.weight.data.neg_()
+        return model
+
+    backbone = common.Backbone("sd3.5-medium")
+    reward = common.Reward("clip")
+    common.load_value(out / "fourth.pt", backbone, reward)
+    reward.visual.transformer.resblocks[-1].mlp.c_fc.weight.data.neg_()
+    with pytest.raises(SystemExit, match="fourth.pt does not fit this run\n.*\n +reward_weights "):
+        common.load_value(out / "fourth.pt", backbone, reward)
+    monkeypatch.setattr(common.Backbone, "load", other)
+    with pytest.raises(SystemExit, match="cache.pt does not fit this run\n.*\n +transformer "):
+        train("--batch", 4)
+    backbone.free()
+    with pytest.raises(SystemExit, match="fourth.pt does not fit this run\n.*\n +transformer "):
+        common.load_value(out / "fourth.pt", backbone, common.Reward("clip"))
+    train("--batch", 4, "--steps", 1, "--front", "vae", "--value", out / "fifth.pt")
+
+
+def test_a_run_can_be_watched(run, tmp_path):
+    """Losses at each logged row, validations where they are made."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, train = run
+    flags = ("--front", "vae", "--value", out / "watched.pt", "--track", tmp_path)
+    train("--batch", 4, *flags)
+    read = EventAccumulator(str(tmp_path / "watched"))
+    read.Reload()
+    wanted = logged(out, "_vae")
+    losses = [(row["step"], pytest.approx(row["loss"], rel=1e-5)) for row in wanted]
+    assert [(e.step, e.value) for e in read.Scalars("loss")] == losses
+    assert [e.step for e in read.Scalars("val_0.5")] == [3]
 
 
 def test_a_contrast_needs_the_whole_batch(run, monkeypatch):

@@ -200,6 +200,22 @@ def test_what_is_kept_is_fitted_on_all_images(out, j):
         assert cls is None if j == 1 else cls.tolist() == [2.0] * 4
 
 
+@pytest.mark.parametrize("key", ["dit", "reward"])
+def test_features_of_a_failed_run_are_refused(out, tmp_path, key):
+    """lstsq would ask to report a bug to PyTorch."""
+    cache = torch.load(out / "cache.pt", weights_only=True)
+    cache["data"]["probe"][key][1, 2, 3, 0] = torch.nan
+    torch.save(cache, tmp_path / "cache.pt")
+    with pytest.raises(SystemExit, match="^error: NaN or infinite features in .*cache.pt"):
+        run(tmp_path)
+
+
+def test_of_two_processes_one_works(out, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(fit, "fit_linear_stitch", None)
+    fit.main(fit.parse_args(["--out", str(out)]))
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -34,6 +34,7 @@ from common import (  # noqa: E402
     draw_lines,
     fail,
     generator,
+    keep_or_drop,
     load_artifact,
     now,
     print_table,
@@ -158,6 +159,7 @@ def main(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("NoisyCLIP contrasts the whole batch, which several processes lack: run it as one")
     path = Path(args.value)
+    keep_or_drop(path.with_suffix(".train"), args)
     cache, stitch, reward, model, optimizer = finetune.load(args)
     if reward.head is not None:
         fail(f"{args.reward} has no text tower to train NoisyCLIP against")
@@ -167,7 +169,7 @@ def main(args):
     row = {caption: k for k, caption in enumerate(texts)}
     captions = [[row[caption] for caption in several] for several in captions]
     steps = args.steps or math.ceil(args.epochs * len(latents) / args.batch)
-    run = vars(args) | dict(out=None, device=None, resume=None, stitch=stitch["id"], steps=steps)
+    run = vars(args) | dict.fromkeys(finetune.FREE) | dict(stitch=stitch["id"], steps=steps)
     scale = reward.text_model.logit_scale.exp().item()
     given = latents, reward.text(texts), captions, scale
     rows = train(args, model, optimizer, *given, run, path.with_suffix(".train"))

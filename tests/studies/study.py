@@ -85,7 +85,7 @@ def selection(jobs):
     def train(name):
         value = out / f"{name.replace(' ', '_')}.pt"
         folder = out / value.stem
-        run("03_finetune.py", "--out", out, *SHORT, *VARIANTS[name], "--value", value)
+        run("03_finetune.py", "--restart", "--out", out, *SHORT, *VARIANTS[name], "--value", value)
         flags = ("--value", value, "--methods", "stitchvm", "--benchmarks", f"{TUNE}/coco.jsonl")
         folder.mkdir(exist_ok=True)
         run("04_eval_noisy.py", "--out", folder, *flags)
@@ -106,9 +106,9 @@ def table(jobs, backbones, rewards):
         is_main = backbone == "sd3.5-medium"
         flags = ("--backbone", backbone, "--reward", reward)
         for script in ("01_cache_features.py", "02_fit_stitch.py", "03_finetune.py"):
-            run(script, *flags)
+            run(script, *flags, *["--restart"] * script.startswith("03"))
         if backbone != "sd3.5-large":  # its VAE is Medium's, and so is its VAE stitch
-            run("03_finetune.py", *flags, "--front", "vae")
+            run("03_finetune.py", *flags, "--front", "vae", "--restart")
         if is_main and reward != "aesthetic":
             run("tests/studies/noisyclip.py", *flags)
         run(
