@@ -237,21 +237,22 @@ def noise(args, shape, prompts):
 def sample_batch(run, args, runs, prompts):
     """{name: what each of the runs gives} of a range of prompts, from the same noises."""
     velocity, gradients = step_functions(run, slice(prompts.start, prompts.stop))
+    noises = noise(args, run.shape, prompts).to(run.device)
     found = {}
     for name, (_, guides) in runs.items():  # in turn: a busy machine falls on all of them
         guides = [(gradients[kind], c) for kind, c in guides]
-        found[name] = sample_run(run, args, velocity, guides, prompts)
+        found[name] = sample_run(run, args, velocity, guides, noises)
     return found
 
 
-def sample_run(run, args, velocity, guides, prompts):
+def sample_run(run, args, velocity, guides, noises):
     """Images uint8 (B, 3, H, W), failed (B,), seconds a sample and peak bytes."""
     is_cuda = run.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
     began = now(run.device)
-    z, *noises = noise(args, run.shape, prompts).to(run.device)
-    z = sample(z, noises, run.grid, velocity, guides, args.guidance, NU[args.sampler])
+    form = args.guidance, NU[args.sampler]
+    z = sample(noises[0], noises[1:], run.grid, velocity, guides, *form)
     failed = ~z.flatten(1).isfinite().all(1)
     x = run.backbone.decode(z.nan_to_num(0.0, 0.0, 0.0))
     seconds = (now(run.device) - began) / len(z)
@@ -289,14 +290,14 @@ def costs(run, kinds):
 def score(run, args, runs, batches):
     """{scorer: scores (runs, prompts)} and images (runs, prompts, 3, H, W); a failed sample, which
     is no image, has none."""
-    images = torch.stack([torch.cat([b[name]["images"] for b in batches]) for name in runs])
-    failed = torch.stack([torch.cat([b[name]["failed"] for b in batches]) for name in runs])
+    images = torch.cat([b[name]["images"] for name in runs for b in batches])
+    failed = torch.cat([b[name]["failed"] for name in runs for b in batches])
     if failed.all():
         fail("every sample became NaN or infinite: try --dtype float32, or lower strengths")
-    given = images.flatten(0, 1), run.prompts * len(runs)
+    given = images, run.prompts * len(runs)
     scores = score_images(args.scorers, run.rewards, args.preset, run.device, *given)
-    scores = {k: x.view(len(runs), -1).masked_fill(failed, torch.nan) for k, x in scores.items()}
-    return scores, images
+    scores = {k: x.masked_fill(failed, torch.nan).view(len(runs), -1) for k, x in scores.items()}
+    return scores, images.unflatten(0, (len(runs), -1))
 
 
 @torch.no_grad()
@@ -312,7 +313,9 @@ def main(args):
     for k in tqdm(range(0, len(run.rows), args.batch)):
         prompts = range(len(run.rows))[k : k + args.batch]
         work = partial(sample_batch, run, args, runs, prompts)
-        batches.append(once(parts / f"{k:05d}.pt", "05_dps", run.spec, args.resume, work))
+        part = parts / f"{k:05d}.pt", "05_dps", run.spec
+        once(*part, args.resume, work)
+        batches.append(once(*part, True, work))  # the file's own, read as they are used
     run.values.clear()
     run.share = bool(run.share)
     run.backbone.free()  # the scorers need the room

@@ -3,14 +3,16 @@
 Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, App. C.2, D.2, Algorithm 1, Eq. (9); SDE of (11)
             weights    G_k = exp(lam (V(zbar_{k-1}) - V(z_k))), then N are drawn in proportion
             proposals  in the first 40 % of the steps argmax_m V(zbar^(m)) of M noises goes on
-        Methods on the same noises: flow, bon (best of N), fks (V by Tweedie, r(D(zhat_0)) of the
-        step's own velocity), fks+stitchvm (proposals by V; --potential-value: the weights too).
+        Methods on the same noises: flow, bon (best of N), prune (bon without those that V drops on
+        the way), fks (V by Tweedie, r(D(zhat_0)) of the step's own velocity), fks+stitchvm
+        (proposals by V; --potential-value: the weights too).
 Reads   value.pt of each reward (03), prompts. Another backbone's value on the same VAE will do
 Writes  out/06_fks.json, 06_scaling.png (reward against GFLOP), 06_grid.png, 06_spread.json (the
         unit of --lam, measured once), with --save-images 06_images/ in GenEval's layout; while it
         runs 06_fks.parts/, from which --resume goes on
 Run     python 06_fks.py
         python 06_fks.py --limit 100 --potential-value stitchvm --n 2 4 8 --n-stitchvm 2 4 --m 2 6
+        python 06_fks.py --methods bon prune --n 4 8 16 --prune-at 0.36
         python 06_fks.py --backbone sd3.5-large --value runs/mini/sd3.5-medium_clip/value.pt
 Departs from the paper: lam is in units of the reward's spread; weights are carried over steps that
         do not resample and end with the clean reward; --proposal corrected is unbiased [D13].
@@ -21,6 +23,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -42,6 +45,7 @@ from common import (
     gflop,
     image_grid,
     joint_value,
+    keep_or_drop,
     load_prompts,
     load_values,
     mean_and_error,
@@ -63,7 +67,9 @@ from common import (
     write_images,
 )
 
-METHODS = ("flow", "bon", "fks", "fks+stitchvm")
+# flags that --resume may change
+FREE = ("out", "device", "value", "scorers", "save_images", "resume", "restart", "compile")
+METHODS = ("flow", "bon", "prune", "fks", "fks+stitchvm")
 MINI = dict(resolution=64, batch=64, prompts="tests/mini/data/drawbench.txt", limit=40)
 MINI |= dict(adaptive=0.5, resampling="systematic", potential_value=["tweedie", "stitchvm"])
 MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
@@ -82,6 +88,7 @@ def parse_args(argv=None):
     several("--n", type=COUNT, default=[4], help="particles, a row for each number")
     several("--m", type=COUNT, default=[2], help="proposals of fks+stitchvm, a row for each number")
     several("--n-stitchvm", type=COUNT, help="particles of fks+stitchvm; None: --n")
+    several("--prune-at", type=within(float, 0, 0.99), default=[0.36], help="sigmas; see prune()")
     several("--lam", type=FINITE, default=[1.0], help="strength, in units of the reward's spread")
     several("--raw-lam", type=FINITE, help="strength in units of the reward, instead of --lam")
     add("--potential", choices=("diff", "rt", "max", "add"), default="diff", help="see weigh()")
@@ -103,6 +110,7 @@ def parse_args(argv=None):
     add("--save-images", action="store_true", help="write the reported images")
     add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
     add("--resume", action="store_true", help="go on from <out>/06_fks.parts")
+    add("--restart", action="store_true", help="drop what an unfinished run left there")
     return parse_stage(p, PRESETS, argv)
 
 
@@ -203,6 +211,27 @@ def select(r, books, u, report="best"):
     return ancestors(normalised(books["logw"]), u, "systematic")
 
 
+def prune(z, grid, denoise, noise, value, levels):
+    """z_0 and books of those left of N particles z (P, N, C, h, w): (P, n, ...), by falling V.
+
+    Where sigma comes down to one of `levels` the half of lower V is dropped, which a V that is not
+    finite is; one particle stays. The arguments are those of steer(), the last but for `levels`.
+    """
+    books = new_books(z)
+    prompts = torch.arange(len(z), device=z.device)[:, None]
+    for k, (t, s) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+        u = denoise(z.flatten(0, 1), t, None).view_as(z)
+        z = sde_step(z, u, t, s, noise(k, 1)[prompts, books["origin"], 0])
+        n = math.ceil(z.shape[1] / 2 ** sum(t > level >= s for level in levels))
+        if n < z.shape[1]:
+            v = value(z.flatten(0, 1), s)[0].view(z.shape[:2])
+            index = torch.where(v.isfinite(), v, -math.inf).topk(n).indices
+            books = weigh(books, v, 0.0)  # counts those whose V is not finite
+            books = {k: x.gather(1, index) if x.ndim == 2 else x for k, x in books.items()}
+            z = z[prompts, index]
+    return z, books
+
+
 def steer(z, grid, denoise, noise, uniform, score, value, lam, fk_steps, propose, M, rules):
     """z_0 of N particles for each of P prompts, and their books before the clean reward.
 
@@ -255,27 +284,22 @@ def steer(z, grid, denoise, noise, uniform, score, value, lam, fk_steps, propose
 
 
 class Models:
-    """What steer() calls. rows, gflop: how many rows of each call have run, and GFLOP of one.
-
-    spec: what must agree for --resume.
-    """
+    """What steer() and prune() call; how many rows of each call have run, and GFLOP of one."""
 
     def __init__(self, args, texts):
         names = args.reward.split("+")
-        files = value_files(args, names) if "fks+stitchvm" in args.methods else []
+        files = value_files(args, names) if {"prune", "fks+stitchvm"} & {*args.methods} else []
         which = args.preset, args.device, getattr(torch, args.dtype)
         self.backbone = Backbone(args.backbone, *which, args.compile)
         complete(args, self.backbone)
         self.embedded = self.backbone.prompts(texts, cache=args.out)  # before the rest is loaded
-        null = self.backbone.prompts([""], cache=args.out)
-        self.null = [v.to(self.backbone.device) for v in null]
+        self.null = [v.to(args.device) for v in self.backbone.prompts([""], cache=args.out)]
         self.rewards = [Reward(name, *which) for name in names]
         self.read = [reward.text(texts) for reward in self.rewards]
         given = self.backbone, self.rewards[: len(files)], args.resolution
         self.values, self.parents = load_values(files, *given)
         self.shares = shares_prefix(self.values, self.backbone, self.null, args.cfg)
-        free = ("out", "device", "value", "scorers", "save_images", "resume")
-        self.spec = {k: v for k, v in vars(args).items() if k not in free}
+        self.spec = {k: v for k, v in vars(args).items() if k not in FREE}
         self.spec |= dict(texts=digest(texts), values=[a["id"] for a in self.parents])
         self.cfg = args.cfg
         self.batch = args.batch
@@ -331,9 +355,8 @@ class Models:
 
 def send(x, device):
     """x on the device, without waiting for what it was given before."""
-    if device.type == "cuda":
-        x = x.pin_memory()  # trap: a copy of other memory waits, non_blocking or not
-    return x.to(device, non_blocking=True)
+    # trap: a copy of memory that is not pinned waits, non_blocking or not
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def draw_noise(seed, prompts, N, shape, device, k, M=1):
@@ -356,8 +379,8 @@ def complete(args, backbone):
     defaults = dict(steps=steps, cfg=backbone.cfg, fk_start=start, fk_end=end)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
     if not args.fk_start <= args.fk_end <= steps:
-        order = f"--fk-start {args.fk_start}, --fk-end {args.fk_end}, --steps {steps}"
-        fail(f"{order}: none may be above the next")
+        order = args.fk_start, args.fk_end, steps
+        fail("--fk-start {}, --fk-end {}, --steps {}: none may be above the next".format(*order))
 
 
 def plan(args):
@@ -365,8 +388,8 @@ def plan(args):
     lams = args.raw_lam or args.lam
     plain = [1], ["argmax"], ["tweedie"]
     ways = args.m, args.proposal, args.potential_value, lams, args.n_stitchvm or args.n
-    grids = {"flow": (*plain, [0.0], [1]), "bon": (*plain, [0.0], args.n)}
-    grids |= {"fks": (*plain, lams, args.n), "fks+stitchvm": ways}
+    grids = dict.fromkeys(("bon", "prune"), (*plain, [0.0], args.n))
+    grids |= {"flow": (*plain, [0.0], [1]), "fks": (*plain, lams, args.n), "fks+stitchvm": ways}
     runs = [run for m in METHODS if m in args.methods for run in product([m], *grids[m])]
     return [dict(zip(("method", "M", "proposal", "by", "lam", "N"), r, strict=True)) for r in runs]
 
@@ -403,9 +426,12 @@ def sample(models, args, run, lam, seed, prompts):
     shape = backbone.latent_shape(args.resolution)
     noise = partial(draw_noise, *given, shape, backbone.device)
     uniform = partial(draw_uniforms, *given, backbone.device)
-    calls = models.denoise, noise, uniform, models.score, models.value
-    grid = backbone.grid(args.steps, args.resolution)
-    z, books = steer(noise("start")[:, :, 0], grid, *calls, lam, **settings(run, args))
+    given = noise("start")[:, :, 0], backbone.grid(args.steps, args.resolution), models.denoise
+    if run["method"] == "prune":
+        z, books = prune(*given, noise, models.value, args.prune_at)
+    else:
+        calls = noise, uniform, models.score, models.value
+        z, books = steer(*given, *calls, lam, **settings(run, args))
     images, r = models.run(models.clean, z.flatten(0, 1))
     books["r"] = r.view(z.shape[:2])
     books = weigh(books, books["r"], lam, args.potential, last=True)
@@ -440,6 +466,8 @@ def perform(models, args, run, lam, seed, n):
     row["denoiser_calls"] = denoised if args.cfg == 1 else 2 * denoised
     row["gflop_per_prompt"] = sum(rows[k] * models.gflop[k] for k in rows)
     found = {k: torch.cat([p[k] for p in parts]) for k in ("r", "killed", "origin", "ess")}
+    if not found["r"].isfinite().any():
+        fail(f"every sample of {name} became NaN or infinite: try --dtype float32")
     row["killed"] = int(found["killed"].sum())
     row["ancestors"] = sum(len(set(line)) for line in found["origin"].tolist()) / n
     if run["method"].startswith("fks"):
@@ -453,17 +481,18 @@ def perform(models, args, run, lam, seed, n):
 def reward_spread(models, args, texts):
     """The reward's standard deviation among plain samples of one prompt, of the first eight.
 
-    It is measured once and stays in <out>/06_spread.json.
+    It is measured once and stays in <out>/06_spread.json; what cannot be read is measured again.
     """
     keys = ("preset", "backbone", "reward", "resolution", "steps", "cfg", "seed", "spread_samples")
     about = {k: getattr(args, k) for k in keys} | dict(prompts=texts[:8])
     path = Path(args.out, "06_spread.json")
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if found.get("about") == about:
-        return found["spread"]
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        found = json.loads(path.read_text())
+        if found["about"] == about and found["spread"] > 0:
+            return found["spread"]
     run = dict(method="spread", N=args.spread_samples, M=1, proposal="argmax", by="tweedie")
     _, r, _ = perform(models, args, run, 0.0, (args.seed, "spread"), len(about["prompts"]))
-    spread = float(r.double().var(1).mean().sqrt())
+    spread = float(r.double().var(1).nanmean().sqrt())
     if not spread > 0:
         fail(f"{args.reward} does not vary among plain samples ({spread}): pass --raw-lam")
     save_table(args, "06_spread", [], spread=spread, about=about)
@@ -471,7 +500,10 @@ def reward_spread(models, args, texts):
 
 
 def add_scores(rows, images, rewards, models, args, texts):
-    """Into each row the scores of its images, uint8 (n, R, 3, H, W), and its rewards (n,)."""
+    """Into each row the scores of its images, uint8 (n, R, 3, H, W), and its rewards (n,).
+
+    Where the reward is not finite all samples failed, and what is shown instead has no score.
+    """
     each = [text for x in images for text in texts for _ in x[0]]
     flat = [x.flatten(0, 1) for x in images]
     given = models.rewards, args.preset, args.device, torch.cat(flat), each
@@ -480,7 +512,9 @@ def add_scores(rows, images, rewards, models, args, texts):
     for k, row in enumerate(rows):
         scores = {name: x[k].view(len(texts), -1).mean(1) for name, x in parts.items()}
         scores["reward"] = rewards[k]  # of the images before they were rounded
-        row |= mean_and_error({name: x[x.isfinite()] for name, x in scores.items()})
+        alive = rewards[k].isfinite()
+        row |= mean_and_error({name: x[x.isfinite() & alive] for name, x in scores.items()})
+        row["failed"] = int((~alive).sum())
     return list(scores)
 
 
@@ -488,10 +522,9 @@ def add_scores(rows, images, rewards, models, args, texts):
 def main(args):
     prompts = load_prompts(args.prompts, args.limit)
     texts = [row["prompt"] for row in prompts]
-    models = Models(args, texts)
     parts = Path(args.out, "06_fks.parts")
-    if not args.resume:
-        shutil.rmtree(parts, ignore_errors=True)
+    keep_or_drop(parts, args)
+    models = Models(args, texts)
     spread = reward_spread(models, args, texts) if args.raw_lam is None else None
     made = []
     for run in tqdm(plan(args), desc="runs"):
@@ -503,14 +536,15 @@ def main(args):
             if args.save_images:
                 name = f"{label(run, args)} N={run['N']} {report}".replace(" ", "_")
                 row["images"] = f"06_images/{name}"
-                write_images(Path(args.out, row["images"]), prompts, pictures)
+                shown = [x if ok else x[:0] for x, ok in zip(pictures, r.isfinite(), strict=True)]
+                write_images(Path(args.out, row["images"]), prompts, shown)
             made.append((row, pictures, r))
     rows, images, rewards = zip(*made, strict=True)
     models.backbone.free()  # before scorers are loaded
     models.values.clear()
     scores = add_scores(rows, images, rewards, models, args, texts)
     keys = "method n_particles m_proposals lambda proposal potential_value report reward reward_se"
-    costs = "n s_per_prompt s_spread denoiser_calls gflop_per_prompt ess ancestors killed"
+    costs = "n failed s_per_prompt s_spread denoiser_calls gflop_per_prompt ess ancestors killed"
     print_table(rows, [*keys.split(), *scores[1:], *costs.split()])
     if max(row["s_spread"] for row in rows) > 0.5:
         print("warning: the machine was busy with something else: do not rely on the seconds")

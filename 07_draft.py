@@ -9,8 +9,8 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.3, Table 3, App. D.3, Eqs. (63), (64)
         decoder and the reward, or through V, which reads a copy of its blocks without the LoRA.
 Reads   value.pt (03) of each reward; prompts to train on, held-out prompts to report on
 Writes  out/07_draft.json, out/07_curves.png, out/07_grid.png; out/<method>/: the averaged LoRA,
-        pytorch_lora_weights.safetensors for diffusers, adapter_config.json and
-        adapter_model.safetensors for peft, and 07_draft.train, where --resume goes on
+        for diffusers (pytorch_lora_weights.safetensors) and for peft (adapter_*), and
+        07_draft.train, where --resume goes on
 Run     python 07_draft.py
         python 07_draft.py --methods draft-1 draft-1+stitchvm --grid even --gflop 4000
         accelerate launch 07_draft.py --preset paper --train-prompts FILE --eval-prompts FILE
@@ -43,16 +43,19 @@ from common import (
     Backbone,
     Reward,
     clean_reward,
+    digest,
     draw_lines,
     fail,
     generator,
     gflop,
     image_grid,
     joint_value,
+    keep_or_drop,
     load_artifact,
     load_prompts,
     load_values,
     mean_and_error,
+    normal,
     now,
     parse_stage,
     print_table,
@@ -61,6 +64,7 @@ from common import (
     save_training,
     score_images,
     stage_parser,
+    track,
     value_files,
     within,
     write_images,
@@ -70,7 +74,7 @@ POLICIES = ("default", "average")  # adapters: trained; evaluated and written
 METHODS = ("draft-1", "draft-3", "alignprop", "draft-1+stitchvm", "draft-3+stitchvm")
 # flags that --resume may change
 FREE = ("out", "device", "methods", "value", "updates", "gflop", "scorers", "save_images")
-FREE += ("checkpointing", "compile", "resume")
+FREE += ("track", "checkpointing", "compile", "resume", "restart")
 MINI = dict(resolution=64, shift=1.0, methods=["draft-3", "draft-3+stitchvm"], batch=16)
 MINI |= dict(lr=5e-4, regularise=0.03, ema=0.9, gflop=2500, eval_every=32, eval_steps=20)
 MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
@@ -93,6 +97,7 @@ def parse_args(argv=None):
     add("--eval-steps", type=COUNT, default=40, help="Euler steps of an evaluation")
     add("--scorers", nargs="*", default=["clip", "hpsv2"], help="rewards that judge, too")
     add("--save-images", action="store_true", help="write the held-out images at every evaluation")
+    add("--track", metavar="DIR", help="TensorBoard files of every evaluation, with images")
     add("--updates", type=COUNT, help="optimiser steps, at most")
     add("--gflop", type=POSITIVE, help="GFLOP of all processes together at which a method ends")
     add("--steps", type=within(int, 2), default=10, help="of a whole rollout")
@@ -111,6 +116,7 @@ def parse_args(argv=None):
     add("--checkpointing", action=switch, default=False, help="less memory, a forward pass more")
     add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
     add("--resume", action="store_true", help="go on from <out>/<method>/07_draft.train")
+    add("--restart", action="store_true", help="drop what an earlier run left there")
     return parse_stage(p, PRESETS, argv)
 
 
@@ -149,10 +155,7 @@ def draft_loss(velocity, base, score, z, grid, stop, keep, lam):
 
 
 def draw_rollout(keep, stops, draw):
-    """(stop, keep) of a micro-batch: stop uniform in stops = (first, last).
-
-    keep None: AlignProp's, uniform in 1..stop-1.
-    """
+    """(stop, keep): stop uniform in stops = (first, last); keep None is uniform in 1..stop-1."""
     stop = int(torch.randint(stops[0], stops[1] + 1, (), generator=draw))
     if keep is None:
         keep = int(torch.randint(1, stop, (), generator=draw))
@@ -163,10 +166,7 @@ def draw_rollout(keep, stops, draw):
 
 
 def step_functions(backbone, rewards, values, condition, texts, checkpointing=False):
-    """velocity, base and score of draft_loss for the prompts of a micro-batch.
-
-    score: the values' sum; of no values the clean reward of decoded latents.
-    """
+    """velocity, base and score of draft_loss: the values' sum, or the reward of decoded latents."""
     velocity = partial(backbone.velocity, condition=condition, checkpointing=checkpointing)
 
     @torch.no_grad()
@@ -177,13 +177,12 @@ def step_functions(backbone, rewards, values, condition, texts, checkpointing=Fa
         backbone.transformer.enable_adapters()
         return u
 
-    def value(z, sigma):
-        return joint_value(values, z, sigma, texts)[0]
-
-    def decoded(z, _):
+    def score(z, sigma):
+        if values:
+            return joint_value(values, z, sigma, texts)[0]
         return clean_reward(rewards, texts, backbone.decode(z))
 
-    return velocity, base, value if values else decoded
+    return velocity, base, score
 
 
 def own_prefixes(values):
@@ -214,9 +213,9 @@ def save_lora(backbone, folder, name):
     from peft.utils import get_peft_model_state_dict
 
     pipeline = getattr(diffusers, backbone.index["_class_name"])
-    model = backbone.transformer
-    layers = get_peft_model_state_dict(model, adapter_name=name)
-    about = model.peft_config[name].to_dict()  # trap: without it alpha is read as the rank
+    layers = get_peft_model_state_dict(backbone.transformer, adapter_name=name)
+    # trap: without this alpha is read as the rank
+    about = backbone.transformer.peft_config[name].to_dict()
     data = dict(transformer_lora_layers=layers, transformer_lora_adapter_metadata=about)
     with replacing(Path(folder, "pytorch_lora_weights.safetensors")) as temporary:
         pipeline.save_lora_weights(folder, weight_name=temporary.name, **data)
@@ -229,18 +228,16 @@ def save_lora(backbone, folder, name):
 @torch.no_grad()
 def evaluate(backbone, condition, noise, grid, batch):
     """uint8 images (N, 3, H, W) of noise (N, C, h, w), by the ODE without guidance."""
-    images = []
-    finite = True
+    ends = []
     for rows in torch.arange(len(noise)).split(batch):
         z, *part = (v[rows].to(backbone.device) for v in (noise, *condition))
         for t, t_next in pairwise(grid):
             sigma = torch.full((len(z),), t, device=z.device)
             z = z + (t_next - t) * backbone.velocity(z, sigma, part)
-        finite = z.isfinite().all() & finite
-        images.append((backbone.decode(z) * 255).round().to(torch.uint8))
-    if not finite:
-        fail("samples became NaN or infinite: start again with a lower --lr")
-    return torch.cat(images)
+        ends.append(z)
+    if not torch.cat(ends).isfinite().all():
+        fail("samples became NaN or infinite: try a lower --lr with --restart")
+    return torch.cat([(backbone.decode(z) * 255).round().to(torch.uint8) for z in ends])
 
 
 def split_prompts(args):
@@ -248,8 +245,9 @@ def split_prompts(args):
     if not args.train_prompts or not args.eval_prompts:
         fail("--train-prompts FILE and --eval-prompts FILE are needed")
     held_out = load_prompts(args.eval_prompts, args.eval_limit)
-    apart = {r["prompt"] for r in held_out}
-    pool = sorted({r["prompt"] for r in load_prompts(args.train_prompts)} - apart)
+    apart = {normal(r["prompt"]) for r in held_out}
+    pool = sorted({r["prompt"] for r in load_prompts(args.train_prompts)})
+    pool = [prompt for prompt in pool if normal(prompt) not in apart]
     order = torch.randperm(len(pool), generator=generator(args.seed, "pool"))[: args.train_limit]
     return [pool[k] for k in order], held_out
 
@@ -302,18 +300,15 @@ def load(args, methods, accelerator):
     backbone = Backbone(args.backbone, args.preset, args.device, dtype, args.compile)
     if args.shift is not None:
         backbone.set_shift(args.shift)
-    run = SimpleNamespace(accelerator=accelerator, backbone=backbone, device=backbone.device)
-    run.methods = methods
-    run.pool = len(pool)
-    run.held_out = held_out
-    texts = [*pool, *(r["prompt"] for r in held_out)]
+    given = dict(accelerator=accelerator, backbone=backbone, device=backbone.device)
+    run = SimpleNamespace(**given, methods=methods, pool=len(pool), held_out=held_out)
+    run.prompts = [r["prompt"] for r in held_out]
     with accelerator.main_process_first():  # the others read its file
-        run.condition = backbone.prompts(texts, args.out)
+        run.condition = backbone.prompts(pool + run.prompts, args.out)
     run.rewards = [Reward(name, args.preset, args.device, dtype) for name in names]
     texts = [reward.text(pool) for reward in run.rewards]
     run.texts = [t if t is None else t.cpu() for t in texts]
-    read = run.rewards[: len(files)]  # whole rollouts need no value
-    run.values, artifacts = load_values(files, backbone, read, args.resolution)
+    run.values, artifacts = load_values(files, backbone, run.rewards[: len(files)], args.resolution)
     own_prefixes(run.values)
     if args.checkpointing:
         backbone.vae.enable_gradient_checkpointing()
@@ -324,11 +319,11 @@ def load(args, methods, accelerator):
     run.shape = backbone.latent_shape(args.resolution)
     run.grid = noise_levels(backbone, args)
     run.spec = {k: v for k, v in vars(args).items() if k not in FREE}
+    run.spec |= dict(train_prompts=digest(pool), eval_prompts=digest(run.prompts))
     run.about = [dict(stage=a["stage"], id=a["id"]) for a in artifacts]
-    start = dict(update=0, seconds=0.0, gflop=0.0, points=[])
     size = f"{args.batch} prompts x {args.accumulate} micro-batches, {processes} processes"
     accelerator.print(f"an update: {size}; {len(pool)} prompts to train on")
-    run.base = cache(partial(report, run, args, start, args.methods[0]))  # one for all methods
+    run.base = cache(partial(measure, run, args))  # one for all methods
     return run
 
 
@@ -337,8 +332,8 @@ def chosen(run, method, rows):
     condition = [v[rows].to(run.device) for v in run.condition]
     texts = [t if t is None else t[rows].to(run.device) for t in run.texts]
     values = run.values if run.methods[method]["stops"] else []
-    checkpointing = run.methods[method]["checkpointing"]
-    return step_functions(run.backbone, run.rewards, values, condition, texts, checkpointing)
+    given = values, condition, texts, run.methods[method]["checkpointing"]
+    return step_functions(run.backbone, run.rewards, *given)
 
 
 def costs(run, args, method, keep):
@@ -371,10 +366,10 @@ def gradient(run, args, method, update):
     return drawn, run.accelerator.reduce(sums, "sum")
 
 
-def report(run, args, state, method):
-    """Row, rewards (N,) and images to show (n, 3, H, W): the averaged LoRA on held-out prompts."""
+def measure(run, args):
+    """{scorer: (N,)} and uint8 images (N, 3, H, W) of the averaged LoRA on the held-out prompts."""
     run.backbone.transformer.set_adapter("average")
-    n = len(run.held_out)
+    n = len(run.prompts)
     draws = [generator(args.seed, "evaluate", k) for k in range(n)]
     noise = torch.stack([torch.randn(run.shape, generator=draw) for draw in draws])
     share = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
@@ -385,19 +380,30 @@ def report(run, args, state, method):
     images[share] = part
     images = run.accelerator.reduce(images, "sum").cpu()
     run.backbone.transformer.set_adapter("default")
-    prompts = [r["prompt"] for r in run.held_out]
-    scores = score_images(args.scorers, run.rewards, args.preset, run.device, images, prompts)
-    first = state["points"][0][1] if state["points"] else scores["reward"].tolist()
-    scores["gain"] = scores["reward"] - torch.tensor(first)  # same noises: paired
+    given = args.preset, run.device, images, run.prompts
+    return score_images(args.scorers, run.rewards, *given), images
+
+
+def report(run, args, state, method):
+    """Add a point to the state: a row, rewards (N,) and images to show (n, 3, H, W)."""
+    scores, images = measure(run, args) if state["update"] else run.base()
+    first = torch.tensor(state["points"][0][1]) if state["points"] else scores["reward"]
+    scores = scores | dict(gain=scores["reward"] - first)  # same noises: paired
     row = dict(method=method) | {k: state[k] for k in ("update", "seconds", "gflop")}
-    row |= mean_and_error(scores) | dict(n=n)
+    row |= mean_and_error(scores) | dict(n=len(images))
     values = "  ".join(f"{name} {row[name]:.4f}" for name in scores)
     run.accelerator.print(f"{method} update {row['update']}: {values}")
+    if state["points"]:
+        means = state["sums"] / (row["update"] - state["points"][-1][0]["update"])
+        row |= zip(("loss", "score", "distance", "gradient"), means.tolist(), strict=True)
+        state["sums"] = torch.zeros(4)
     if args.save_images:
         row["images"] = f"07_images/{method}/{row['update']}"
-        if run.accelerator.is_main_process:
+    if run.accelerator.is_main_process:
+        track(args.track, method, row["update"], row, images[:6])
+        if args.save_images:
             write_images(Path(args.out, row["images"]), run.held_out, images[:, None])
-    return row, scores["reward"].tolist(), images[:6]
+    state["points"].append((row, scores["reward"].tolist(), images[:6]))
 
 
 def train(method, run, args):
@@ -416,8 +422,7 @@ def train(method, run, args):
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     else:
-        row, *rest = run.base()
-        state["points"].append((row | dict(method=method), *rest))
+        report(run, args, state, method)
     work = cache(partial(costs, run, args, method))
     bar = tqdm(desc=method, initial=state["update"], total=args.updates, disable=not is_main)
     while not ended(state, args):
@@ -427,13 +432,12 @@ def train(method, run, args):
         norm = torch.nn.utils.clip_grad_norm_(run.lora["default"], args.clip)
         sums = torch.cat([sums, norm[None]]).cpu()
         state["seconds"] += now(run.device) - began
-        if not sums.isfinite().all():
-            why = f"the loss of {method} became NaN or infinite in update {state['update'] + 1}"
-            good = path if path.exists() else "the base model"
-            fail(f"{why}; the last good state is {good}: start again with a lower --lr")
-        if is_main:  # only now, when these weights have given a finite loss
-            save_training(path, "07_draft", spec, state | dict(optimizer=optimizer.state_dict()))
         optimizer.step()
+        largest = torch.nn.utils.get_total_norm(run.lora["default"], math.inf)
+        if not (sums.isfinite().all() and largest < 100):  # a LoRA's are of order 1
+            good = path if path.exists() else "the base model"
+            why = f"update {state['update'] + 1} of {method} gave NaN, inf or weights above 100"
+            fail(f"{why}; the last good state is {good}: try a lower --lr with --restart")
         decay = min(args.ema, (1 + state["update"]) / (10 + state["update"]))
         get_ema_multi_avg_fn(decay)(run.lora["average"], run.lora["default"], None)
         for stop, keep in drawn:
@@ -443,20 +447,15 @@ def train(method, run, args):
         state["sums"] = state["sums"] + sums
         bar.update()
         if state["update"] % args.eval_every == 0 or ended(state, args):
-            row, *rest = report(run, args, state, method)
-            means = state["sums"] / (row["update"] - state["points"][-1][0]["update"])
-            names = ("loss", "score", "distance", "gradient")
-            row |= zip(names, means.tolist(), strict=True)
-            state["sums"] = torch.zeros(4)
-            state["points"].append((row, *rest))
+            report(run, args, state, method)
+        if is_main:
+            save_training(path, "07_draft", spec, state | dict(optimizer=optimizer.state_dict()))
     if is_main:
         save_lora(run.backbone, path.parent, "average")
-        save_training(path, "07_draft", spec, state | dict(optimizer=optimizer.state_dict()))
     return state["points"]
 
 
 def ended(state, args):
-    """Whether a method has spent its updates or its work."""
     limits = args.updates or math.inf, args.gflop or math.inf
     return state["update"] >= limits[0] or state["gflop"] >= limits[1]
 
@@ -466,22 +465,24 @@ def main(args):
     from accelerate.utils import InitProcessGroupKwargs
 
     methods = check(args)
-    if args.resume and not any(Path(args.out, m, "07_draft.train").exists() for m in methods):
-        fail(f"{args.out}/{args.methods[0]}/07_draft.train does not exist; start without --resume")
     wait = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process encodes all prompts
-    run = load(args, methods, Accelerator(cpu=args.device == "cpu", kwargs_handlers=[wait]))
+    accelerator = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[wait])
+    files = [Path(args.out, method, "07_draft.train") for method in methods]
+    if args.resume and not any(file.exists() for file in files):
+        fail(f"{files[0]} does not exist; start without --resume")
+    for file in files if accelerator.is_main_process else ():
+        keep_or_drop(file, args)
+    run = load(args, methods, accelerator)
     points = sum((train(method, run, args) for method in methods), [])
     if not run.accelerator.is_main_process:
         return
     rows, rewards, shown = zip(*points, strict=True)
     print_table(rows, [k for k in rows[-1] if not k.endswith("_se")])
-    about = dict(grid=run.grid, values=run.about)
-    save_table(args, "07_draft", rows, rewards_of_prompts=rewards, **about)
+    save_table(args, "07_draft", rows, rewards_of_prompts=rewards, grid=run.grid, values=run.about)
     scores = [k for k in rows[0] if f"{k}_se" in rows[0]]
     draw_lines(rows, "gflop", scores, "method", Path(args.out, "07_curves.png"))
     labels = [f"{r['method']}, update {r['update']}" for r in rows]
-    titles = [r["prompt"] for r in run.held_out[:6]]
-    image_grid(shown, labels, titles, Path(args.out, "07_grid.png"))
+    image_grid(shown, labels, run.prompts[:6], Path(args.out, "07_grid.png"))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.3, App. D.3, E.5, Eqs. (65)-(77), Fig
                       z_tau that of z_0: z_t = a z_tau + s eps, u = a' z_tau + s' eps    (72)-(77)
 Reads   value.pt (03) of each reward; prompts to train on, held-out prompts to report on
 Writes  out/08_nft.json, out/08_curves.png, out/08_grid.png; out/<method>/: the averaged LoRA,
-        pytorch_lora_weights.safetensors for diffusers, adapter_config.json and
-        adapter_model.safetensors for peft, and 08_nft.train, where --resume goes on
+        for diffusers (pytorch_lora_weights.safetensors) and for peft (adapter_*), and
+        08_nft.train, where --resume goes on
 Run     python 08_nft.py
         python 08_nft.py --methods nft+stitchvm --stop 2 12 --out runs/early --value FILE
         accelerate launch 08_nft.py --preset paper --train-prompts FILE --eval-prompts FILE
@@ -42,16 +42,19 @@ from common import (
     Backbone,
     Reward,
     clean_reward,
+    digest,
     draw_lines,
     fail,
     generator,
     gflop,
     image_grid,
     joint_value,
+    keep_or_drop,
     load_artifact,
     load_prompts,
     load_values,
     mean_and_error,
+    normal,
     now,
     parse_stage,
     print_table,
@@ -60,6 +63,7 @@ from common import (
     save_training,
     score_images,
     stage_parser,
+    track,
     tweedie,
     value_files,
     within,
@@ -69,8 +73,10 @@ from common import (
 METHODS = ("nft", "nft+stitchvm")
 POLICIES = ("default", "old", "average")  # adapters: trained, sampled from, evaluated and written
 POSITION = ("method", "update", "seconds", "gflop")
+CURVE = ("loss", "penalty", "gradient", "rollouts", "spread", "spread_in_group")
 # flags that --resume may change
-FREE = ("out", "device", "methods", "value", "batch", "checkpointing", "compile", "resume")
+FREE = ("out", "device", "methods", "value", "updates", "gflop", "scorers", "save_images")
+FREE += ("track", "batch", "checkpointing", "compile", "resume", "restart")
 MINI = dict(resolution=64, shift=1.0, prompts=8, images=8, train_times=8, batch=64, lr=1e-3)
 MINI |= dict(kl=0.3, kl_stitchvm=0.1, gflop=3500, eval_limit=200, eval_every=6, eval_steps=25)
 MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
@@ -97,6 +103,7 @@ def parse_args(argv=None):
     add("--save-images", action="store_true", help="write the held-out images at every evaluation")
     add("--prompts", type=COUNT, default=48, help="of an update, over all processes")
     add("--images", type=within(int, 2), default=24, help="of a prompt, its group")
+    add("--track", metavar="DIR", help="TensorBoard files of every evaluation, with images")
     add("--updates", type=COUNT, help="optimiser steps, at most; the paper's hours allow about 300")
     add("--gflop", type=POSITIVE, help="GFLOP of all processes together at which a method ends")
     add("--steps", type=COUNT, default=25, help="of the solver (D.3: 25)")
@@ -108,7 +115,7 @@ def parse_args(argv=None):
     add("--kl", type=within(float, 0), default=1e-4, help="weight of |v - v_base|^2, if official")
     add("--kl-stitchvm", type=within(float, 0), default=1e-4, help="the same for nft+stitchvm")
     add("--adv-clip", type=POSITIVE, default=5.0, help="standard deviations at which rho is 0 or 1")
-    add("--decay", type=int, choices=(0, 1, 2), default=1, help="eta: 0; to .5; 0, then to .999")
+    add("--decay", type=within(int, 0, 2), default=1, help="eta: 0; to .5; 0, then to .999")
     add("--eta", type=SHARE, help="a constant eta, instead of --decay")
     add("--rank", type=COUNT, default=32, help="of the LoRA")
     add("--alpha", type=POSITIVE, default=64, help="of the LoRA")
@@ -120,6 +127,7 @@ def parse_args(argv=None):
     add("--checkpointing", action="store_true", help="less memory, a third more work in training")
     add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
     add("--resume", action="store_true", help="go on from <out>/<method>/08_nft.train")
+    add("--restart", action="store_true", help="drop what an earlier run left there")
     return parse_stage(p, PRESETS, argv)
 
 
@@ -254,9 +262,9 @@ def save_lora(backbone, folder, name):
     from peft.utils import get_peft_model_state_dict
 
     pipeline = getattr(diffusers, backbone.index["_class_name"])
-    model = backbone.transformer
-    layers = get_peft_model_state_dict(model, adapter_name=name)
-    about = model.peft_config[name].to_dict()  # trap: without it alpha is read as the rank
+    layers = get_peft_model_state_dict(backbone.transformer, adapter_name=name)
+    # trap: without this alpha is read as the rank
+    about = backbone.transformer.peft_config[name].to_dict()
     data = dict(transformer_lora_layers=layers, transformer_lora_adapter_metadata=about)
     with replacing(Path(folder, "pytorch_lora_weights.safetensors")) as temporary:
         pipeline.save_lora_weights(folder, weight_name=temporary.name, **data)
@@ -269,18 +277,16 @@ def save_lora(backbone, folder, name):
 @torch.no_grad()
 def evaluate(backbone, condition, noise, grid, batch):
     """uint8 images (N, 3, H, W) of noise (N, C, h, w), by the ODE without guidance."""
-    images = []
-    finite = True
+    ends = []
     for rows in torch.arange(len(noise)).split(batch):
         z, *part = (v[rows].to(backbone.device) for v in (noise, *condition))
         for t, t_next in pairwise(grid):
             sigma = torch.full((len(z),), t, device=z.device)
             z = z + (t_next - t) * backbone.velocity(z, sigma, part)
-        finite = z.isfinite().all() & finite
-        images.append((backbone.decode(z) * 255).round().to(torch.uint8))
-    if not finite:
-        fail("samples became NaN or infinite: start again with a lower --lr")
-    return torch.cat(images)
+        ends.append(z)
+    if not torch.cat(ends).isfinite().all():
+        fail("samples became NaN or infinite: try a lower --lr with --restart")
+    return torch.cat([(backbone.decode(z) * 255).round().to(torch.uint8) for z in ends])
 
 
 def split_prompts(args):
@@ -288,8 +294,9 @@ def split_prompts(args):
     if not args.train_prompts or not args.eval_prompts:
         fail("--train-prompts FILE and --eval-prompts FILE are needed")
     held_out = load_prompts(args.eval_prompts, args.eval_limit)
-    apart = {r["prompt"] for r in held_out}
-    pool = sorted({r["prompt"] for r in load_prompts(args.train_prompts)} - apart)
+    apart = {normal(r["prompt"]) for r in held_out}
+    pool = sorted({r["prompt"] for r in load_prompts(args.train_prompts)})
+    pool = [prompt for prompt in pool if normal(prompt) not in apart]
     order = torch.randperm(len(pool), generator=generator(args.seed, "pool"))[: args.train_limit]
     return [pool[k] for k in order], held_out
 
@@ -319,17 +326,15 @@ def load(args, accelerator):
     backbone = Backbone(args.backbone, args.preset, args.device, dtype, args.compile)
     if args.shift is not None:
         backbone.set_shift(args.shift)
-    run = SimpleNamespace(accelerator=accelerator, backbone=backbone, device=backbone.device)
-    run.pool = len(pool)
-    run.held_out = held_out
-    texts = [*pool, *(r["prompt"] for r in held_out)]
+    given = dict(accelerator=accelerator, backbone=backbone, device=backbone.device)
+    run = SimpleNamespace(**given, pool=len(pool), held_out=held_out)
+    run.prompts = [r["prompt"] for r in held_out]
     with accelerator.main_process_first():  # the others read its file
-        run.condition = backbone.prompts(texts, args.out)
+        run.condition = backbone.prompts(pool + run.prompts, args.out)
     run.rewards = [Reward(name, args.preset, args.device, dtype) for name in names]
     texts = [reward.text(pool) for reward in run.rewards]
     run.texts = [t if t is None else t.cpu() for t in texts]
-    read = run.rewards[: len(files)]  # nft alone needs no value
-    run.values, artifacts = load_values(files, backbone, read, args.resolution)
+    run.values, artifacts = load_values(files, backbone, run.rewards[: len(files)], args.resolution)
     own_prefixes(run.values)
     torch.manual_seed(args.seed)
     run.lora = {n: add_lora(backbone.transformer, args.rank, args.alpha, n) for n in POLICIES}
@@ -338,9 +343,9 @@ def load(args, accelerator):
     run.grid = backbone.grid(args.steps, args.resolution)
     run.costs = unit_costs(run, args)
     run.spec = {k: v for k, v in vars(args).items() if k not in FREE}
+    run.spec |= dict(train_prompts=digest(pool), eval_prompts=digest(run.prompts))
     run.about = [dict(stage=a["stage"], id=a["id"]) for a in artifacts]
-    start = dict(method=args.methods[0], update=0, seconds=0.0, gflop=0.0, points=[])
-    run.base = cache(partial(report, run, args, start, args.methods[0]))  # one for all methods
+    run.base = cache(partial(measure, run, args))  # one for all methods
     return run
 
 
@@ -429,10 +434,10 @@ def train_on(run, args, update, images, rho, kl):
     return run.accelerator.reduce(sums, "sum")
 
 
-def report(run, args, state, method):
-    """Row, rewards (N,) and images to show (n, 3, H, W): the averaged LoRA on held-out prompts."""
+def measure(run, args):
+    """{scorer: (N,)} and uint8 images (N, 3, H, W) of the averaged LoRA on the held-out prompts."""
     run.backbone.transformer.set_adapter("average")
-    n = len(run.held_out)
+    n = len(run.prompts)
     noise = noises(run, *((args.seed, "evaluate", k) for k in range(n)))
     share = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
     condition = [v[run.pool :][share] for v in run.condition]
@@ -441,18 +446,26 @@ def report(run, args, state, method):
     images = part.new_zeros(n, *part.shape[1:])
     images[share] = part
     images = run.accelerator.reduce(images, "sum").cpu()
-    prompts = [r["prompt"] for r in run.held_out]
-    scores = score_images(args.scorers, run.rewards, args.preset, run.device, images, prompts)
-    first = state["points"][0][1] if state["points"] else scores["reward"].tolist()
-    scores["gain"] = scores["reward"] - torch.tensor(first)  # same noises: paired
-    row = {k: state[k] for k in POSITION} | mean_and_error(scores) | dict(n=n)
+    given = args.preset, run.device, images, run.prompts
+    return score_images(args.scorers, run.rewards, *given), images
+
+
+def report(run, args, state):
+    """Add a point to the state: a row, rewards (N,) and images to show (n, 3, H, W)."""
+    scores, images = measure(run, args) if state["update"] else run.base()
+    first = torch.tensor(state["points"][0][1]) if state["points"] else scores["reward"]
+    scores = scores | dict(gain=scores["reward"] - first)  # same noises: paired
+    row = {k: state[k] for k in POSITION} | mean_and_error(scores) | dict(n=len(images))
     values = "  ".join(f"{name} {row[name]:.4f}" for name in scores)
-    run.accelerator.print(f"{method} update {row['update']}: {values}")
+    run.accelerator.print(f"{row['method']} update {row['update']}: {values}")
     if args.save_images:
-        row["images"] = f"08_images/{method}/{row['update']}"
-        if run.accelerator.is_main_process:
+        row["images"] = f"08_images/{row['method']}/{row['update']}"
+    if run.accelerator.is_main_process:
+        more = dict(*state["curve"][-1:])  # the loss of the last update
+        track(args.track, row["method"], row["update"], more | row, images[:8])
+        if args.save_images:
             write_images(Path(args.out, row["images"]), run.held_out, images[:, None])
-    return row, scores["reward"].tolist(), images[:8]
+    state["points"].append((row, scores["reward"].tolist(), images[:8]))
 
 
 def train(method, run, args):
@@ -460,6 +473,7 @@ def train(method, run, args):
     path = Path(args.out, method, "08_nft.train")
     is_main = run.accelerator.is_main_process
     by_value = method == "nft+stitchvm"
+    kl = args.kl_stitchvm if by_value else args.kl
     spec = run.spec | dict(values=run.about if by_value else [])
     state = dict(method=method, update=0, seconds=0.0, gflop=0.0, points=[], curve=[])
     state |= dict(optimizer=None, lora={name: run.start for name in POLICIES})
@@ -467,31 +481,31 @@ def train(method, run, args):
         state = load_artifact(path, spec, "08_nft.py")["data"]
     for name in POLICIES:
         torch._foreach_copy_([p.data for p in run.lora[name]], state["lora"][name])
-    trained, old, average = (run.lora[name] for name in POLICIES)
     state["lora"] = {name: [p.detach() for p in run.lora[name]] for name in POLICIES}  # views
+    trained, old, average = (run.lora[name] for name in POLICIES)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     else:
-        row, *rest = run.base()
-        state["points"].append((row | dict(method=method), *rest))
+        report(run, args, state)
     bar = tqdm(desc=method, initial=state["update"], total=args.updates, disable=not is_main)
     while not ended(state, args):
         began = now(run.device)
         optimizer.zero_grad()
         stops, r, images = sample_groups(run, args, method, state["update"])
-        rho = optimality(r, args.adv_clip)
-        kl = args.kl_stitchvm if by_value else args.kl
-        sums = train_on(run, args, state["update"], images, rho, kl)
+        sums = train_on(run, args, state["update"], images, optimality(r, args.adv_clip), kl)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        seconds = now(run.device) - began
-        if not (sums.isfinite().all() and norm.isfinite()):
-            why = f"the loss of {method} became NaN or infinite in update {state['update'] + 1}"
-            fail(f"{why}; the last good state is {path}: start again with a lower --lr")
-        if is_main:  # only now, when these weights have given a finite loss
-            save_training(path, "08_nft", spec, state | dict(optimizer=optimizer.state_dict()))
+        state["seconds"] += now(run.device) - began
         optimizer.step()
+        inside = r.var(1, correction=0).mean().sqrt()
+        largest = torch.nn.utils.get_total_norm(trained, math.inf)
+        numbers = [*sums, norm, r.mean(), r.std(correction=0), inside, largest]
+        *numbers, largest = torch.stack(numbers).tolist()
         state["update"] += 1
+        if not (math.isfinite(sum(numbers)) and largest < 100):  # a LoRA's are of order 1
+            good = path if path.exists() else "the base model"
+            why = f"update {state['update']} of {method} gave NaN, inf or weights above 100"
+            fail(f"{why}; the last good state is {good}: try a lower --lr with --restart")
         eta = old_decay(state["update"], args.decay) if args.eta is None else args.eta
         get_ema_multi_avg_fn(eta)(old, trained, None)  # (71)
         decay = min(args.ema, (1 + state["update"]) / (10 + state["update"]))
@@ -500,23 +514,16 @@ def train(method, run, args):
         work = run.costs["velocity"] * int(stops.sum()) + run.costs["train"] * levels
         work += args.prompts * run.costs["value" if by_value else "reward"]
         state["gflop"] += args.images * work
-        state["seconds"] += seconds
-        row = dict(loss=float(sums[0]), penalty=float(sums[1]), gradient=float(norm), eta=eta)
-        state["curve"].append({k: state[k] for k in POSITION} | row | statistics(r))
+        row = {k: state[k] for k in POSITION} | dict(eta=eta)
+        state["curve"].append(row | dict(zip(CURVE, numbers, strict=True)))
         bar.update()
         if state["update"] % args.eval_every == 0 or ended(state, args):
-            state["points"].append(report(run, args, state, method))
+            report(run, args, state)
+        if is_main:
+            save_training(path, "08_nft", spec, state | dict(optimizer=optimizer.state_dict()))
     if is_main:
         save_lora(run.backbone, path.parent, "average")
-        save_training(path, "08_nft", spec, state | dict(optimizer=optimizer.state_dict()))
     return state
-
-
-def statistics(r):
-    """Of the rewards r (P, G) of an update."""
-    inside = r.var(1, correction=0).mean().sqrt()
-    row = dict(rollouts=r.mean(), spread=r.std(correction=0), spread_in_group=inside)
-    return {k: float(v) for k, v in row.items()}
 
 
 def ended(state, args):
@@ -530,10 +537,14 @@ def main(args):
 
     check(args)
     wait = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process encodes all prompts
-    run = load(args, Accelerator(cpu=args.device == "cpu", kwargs_handlers=[wait]))
+    accelerator = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[wait])
     methods = [m for m in METHODS if m in args.methods]
-    if args.resume and not any(Path(args.out, m, "08_nft.train").exists() for m in methods):
-        fail(f"{args.out}/{methods[0]}/08_nft.train does not exist; start without --resume")
+    files = [Path(args.out, method, "08_nft.train") for method in methods]
+    if args.resume and not any(file.exists() for file in files):
+        fail(f"{files[0]} does not exist; start without --resume")
+    for file in files if accelerator.is_main_process else ():
+        keep_or_drop(file, args)
+    run = load(args, accelerator)
     states = [train(method, run, args) for method in methods]
     if not run.accelerator.is_main_process:
         return
@@ -545,8 +556,7 @@ def main(args):
     scores = [k for k in rows[0] if f"{k}_se" in rows[0]]
     draw_lines(rows, "gflop", scores, "method", Path(args.out, "08_curves.png"))
     labels = [f"{r['method']}, update {r['update']}" for r in rows]
-    titles = [r["prompt"] for r in run.held_out[:8]]
-    image_grid(shown, labels, titles, Path(args.out, "08_grid.png"))
+    image_grid(shown, labels, run.prompts[:8], Path(args.out, "08_grid.png"))
 
 
 if __name__ == "__main__":

@@ -577,6 +577,37 @@ def test_a_run_that_was_cut_off_goes_on(run, values, tmp_path, monkeypatch):
     assert table["scores_of_prompts"] == whole["scores_of_prompts"]
 
 
+def test_host_memory_holds_one_batch(run, values, monkeypatch):
+    """The images of a batch that was written are its file's; its noises are drawn once."""
+    sample, draw = dps.sample_batch, dps.noise
+    made, drawn = [], []
+
+    def spy(*given):
+        assert not any(image() is not None for image in made)
+        found = sample(*given)
+        made.extend(weakref.ref(f["images"]) for f in found.values())
+        return found
+
+    monkeypatch.setattr(dps, "sample_batch", spy)
+    monkeypatch.setattr(dps, "noise", lambda *given: drawn.append(given[2]) or draw(*given))
+    run(*SHORT, "--value", values["clip"])
+    assert len(made) == 4 and drawn == [range(2), range(2, 3)]
+
+
+def test_compile_is_asked_of_every_block(run, values, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    rows = run(*SHORT, "--value", values["clip"], "--compile")[0]["rows"]
+    assert len(rows) == 2 and len(compiled) == 8
+
+
+def test_standard_dps_checkpoints_at_24gb(tmp_path):
+    """Where it would not fit else; a flag turns it off."""
+    chosen = [["24gb"], ["24gb", "--no-checkpointing"], ["paper"]]
+    given = [dps.parse_args(["--out", str(tmp_path), "--preset", *c]).checkpointing for c in chosen]
+    assert given == [True, False, False]
+
+
 def test_scorers_come_when_the_generator_has_gone(run, values, monkeypatch):
     models = []
     load, scores = dps.load, dps.score_images

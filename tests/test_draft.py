@@ -486,11 +486,11 @@ def test_evaluate_keeps_noise_and_prompt_together():
 
 @pytest.mark.parametrize("stage", ["07_draft", "08_nft"])
 def test_prompts_to_evaluate_on_are_not_trained_on(tmp_path, monkeypatch, stage):
-    """Also where one file holds both; a prompt that is there twice counts once. They are sorted
-    once, for there may be a hundred thousand."""
+    """Also where one file holds both, in any spelling; a prompt that is there twice counts once.
+    They are sorted once, for there may be a hundred thousand."""
     stage, calls = importlib.import_module(stage), []
     monkeypatch.setattr(stage, "sorted", lambda x: calls.append(1) or sorted(x), raising=False)
-    prompts = ["a red circle", "a blue ring", "a red circle", "two stars", "a ring"]
+    prompts = ["a red circle", "a blue ring", "a red circle", "two stars", "a ring", "A  Blue ring"]
     (tmp_path / "p.txt").write_text("\n".join(prompts))
     (tmp_path / "e.txt").write_text("a blue ring\na ring\n")
     flags = ["--train-prompts", f"{tmp_path}/p.txt", "--eval-prompts", f"{tmp_path}/e.txt"]
@@ -524,8 +524,9 @@ def run(monkeypatch, tmp_path, capsys):
     (tmp_path / "tests").symlink_to(common.ROOT / "tests")
     monkeypatch.chdir(tmp_path)
 
-    def go(*flags, out=tmp_path / "out"):
-        draft.main(draft.parse_args([str(f) for f in (*SHORT, "--out", out, *flags)]))
+    def go(*flags, out=tmp_path / "out", anew=True):
+        again = ("--restart",) if anew and "--resume" not in flags else ()
+        draft.main(draft.parse_args([str(f) for f in (*SHORT, "--out", out, *flags, *again)]))
         return json.loads((out / "07_draft.json").read_text()), capsys.readouterr().out
 
     return go
@@ -537,6 +538,19 @@ def lora(out, method):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def tracked(folder):
+    """(step, reward, loss) of what a method's TensorBoard files hold, which have a picture each."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder)).Reload()
+    steps = {key: {e.step: e.value for e in found.Scalars(key)} for key in ("reward", "loss")}
+    assert [e.step for e in found.Images("samples")] == list(steps["reward"])
+    return [
+        (k, pytest.approx(x), steps["loss"].get(k) and pytest.approx(steps["loss"][k], rel=1e-5))
+        for k, x in steps["reward"].items()
+    ]
 
 
 def without_seconds(rows):
@@ -626,6 +640,10 @@ def test_a_whole_short_run(run, values, tmp_path):
     method is about, files, images and figures."""
     methods = ("draft-1", "alignprop", "draft-1+stitchvm")
     flags = ("--value", values["clip"], "--accumulate", 2, "--save-images", "--scorers", *SCORERS)
+    flags += ("--track", tmp_path / "track")
+    another = tmp_path / "out/07_images/draft-1/2/00009/samples/0000.png"
+    another.parent.mkdir(parents=True)
+    another.touch()  # of an earlier run
     table, printed = run("--methods", *methods, *flags)
     rows = table["rows"]
     assert [(r["method"], r["update"]) for r in rows] == [(m, k) for m in methods for k in (0, 2)]
@@ -635,12 +653,13 @@ def test_a_whole_short_run(run, values, tmp_path):
     lam = table["config"]["regularise"]
     for r in rows:
         assert keys <= set(r) and "clip" not in r and r["n"] == 3
+        assert r["images"] == f"07_images/{r['method']}/{r['update']}"
         assert r["gain"] == pytest.approx(r["reward"] - rows[0]["reward"], abs=1e-6)
         assert len([*(folder / r["images"]).glob("*/samples/0000.png")]) == 3
         if r["update"] == 0:
-            assert r["gflop"] == r["seconds"] == 0 and r | dict(method="draft-1") == rows[0]
+            same_start = dict(method="draft-1", images="07_images/draft-1/0")
+            assert r["gflop"] == r["seconds"] == 0 and r | same_start == rows[0]
         else:
-            assert r["images"] == f"07_images/{r['method']}/2"
             assert r["gflop"] > 0 and r["seconds"] > 0 and r["gradient"] > 0
             assert r["loss"] == pytest.approx(lam * r["distance"] - r["score"], abs=1e-6)
     work = {r["method"]: r["gflop"] for r in rows if r["update"] == 2}
@@ -648,7 +667,10 @@ def test_a_whole_short_run(run, values, tmp_path):
     assert len(table["grid"]) == 11 and len(table["values"]) == 1
     assert [len(v) for v in table["rewards_of_prompts"]] == [3] * 6
     assert "an update: 2 prompts x 2 micro-batches, 1 processes" in printed
-    assert printed.count("update 0:") == 1
+    assert {r["method"]: tracked(tmp_path / "track" / r["method"]) for r in rows} == {
+        m: [(r["update"], r["reward"], r.get("loss")) for r in rows if r["method"] == m]
+        for m in methods
+    }
     for name in ("07_curves", "07_grid"):
         assert Image.open(folder / f"{name}.png").width > 300
     first, *others = (lora(folder, m) for m in methods)
@@ -795,19 +817,69 @@ def test_two_processes_do_what_one_does(run, values, tmp_path):
     assert all((a[k] - b[k]).norm() < 0.05 * a[k].norm() + 1e-5 for k in a)
 
 
-def test_a_nan_stops_training_and_keeps_the_last_good_state(run, values, tmp_path):
-    flags = ("--value", values["clip"], "--lr", 1e30)
-    sentence = "the loss of draft-1.stitchvm became NaN or infinite in update 2; "
+def test_a_nan_stops_training_and_keeps_the_last_good_state(run, tmp_path, monkeypatch):
+    """One sentence that names the state after the update before, from which a run without the fault
+    goes on."""
+    loss, calls = draft.draft_loss, []
+
+    def broken(*given):
+        calls.append(1)
+        # one call counts the work
+        return [part * (math.nan if len(calls) == 3 else 1) for part in loss(*given)]
+
+    monkeypatch.setattr(draft, "draft_loss", broken)
+    sentence = "update 2 of draft-1 gave NaN, inf or weights above 100; "
     sentence += "the last good state is .*07_draft.train"
     with pytest.raises(SystemExit, match=f"^error: {sentence}") as e:
-        run(*flags)
-    folder = tmp_path / "out/draft-1+stitchvm"
+        run("--methods", "draft-1")
+    folder = tmp_path / "out/draft-1"
     saved = torch.load(folder / "07_draft.train", weights_only=True)["data"]
-    assert saved["update"] == 0 and "\n" not in str(e.value)
+    assert saved["update"] == 1 and "\n" not in str(e.value)
     assert all(v.isfinite().all() for v in saved["lora"]["default"])
-    with pytest.raises(SystemExit, match="^error: samples became NaN or infinite"):
-        run(*flags, "--ema", 0, "--eval-every", 1)
     assert not (folder / "pytorch_lora_weights.safetensors").exists()
+    assert [r["update"] for r in run("--methods", "draft-1", "--resume")[0]["rows"]] == [0, 2]
+
+
+@pytest.mark.parametrize("lr", [1e3, 1e30])
+def test_a_last_step_that_ruins_the_weights_writes_nothing(run, tmp_path, lr):
+    """Too large, or so large that a sample is NaN."""
+    with pytest.raises(SystemExit, match="^error: update 1 of draft-1 gave NaN, inf or weights"):
+        run("--methods", "draft-1", "--updates", 1, "--lr", lr)
+    assert [p.name for p in (tmp_path / "out").iterdir() if "prompts" not in p.name] == []
+
+
+@pytest.mark.parametrize("edited", ["p.txt", "e.txt"])
+def test_prompts_edited_in_place_are_refused(run, tmp_path, edited):
+    """As many as before, the first one the same, in the same file; one that was only moved is
+    taken."""
+    (tmp_path / "p.txt").write_text("a red circle\na ring\ntwo stars\n")
+    (tmp_path / "e.txt").write_text("a blue ring\na star\n")
+    flags = ["--methods", "draft-1", "--updates", 1]
+    files = ["--train-prompts", tmp_path / "p.txt", "--eval-prompts", tmp_path / "e.txt"]
+    run(*flags, *files)
+    last = files.index(tmp_path / edited)
+    files[last] = (tmp_path / edited).rename(tmp_path / "moved.txt")
+    run(*flags, *files, "--resume")
+    text = files[last].read_text()
+    files[last].write_text(text.replace("star", "square"))
+    key = "train_prompts" if edited == "p.txt" else "eval_prompts"
+    with pytest.raises(SystemExit, match=rf"(?s)does not fit this run.*\n  {key} ") as e:
+        run(*flags, *files, "--resume")
+    assert str(e.value).count("_prompts ") == 1
+
+
+def test_a_state_is_thrown_away_only_where_a_flag_says_so(run, tmp_path):
+    """Whether its run has ended or not; with more updates it goes on."""
+    flags = ("--methods", "draft-1", "--updates", 1)
+    run(*flags)
+    folder = tmp_path / "out/draft-1"
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(SystemExit, match="07_draft.train.*--resume.*--restart") as e:
+        run(*flags, "--lr", 0.1, anew=False)
+    assert "\n" not in str(e.value)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    run(*flags, "--lr", 0.1)
+    assert all(p.read_bytes() != text for p, text in before.items() if p.suffix != ".json")
 
 
 def test_a_nan_at_once_has_no_file_to_name(run, monkeypatch):
@@ -817,7 +889,7 @@ def test_a_nan_at_once_has_no_file_to_name(run, monkeypatch):
         return [part * math.nan for part in loss(*given)]
 
     monkeypatch.setattr(draft, "draft_loss", broken)
-    with pytest.raises(SystemExit, match="in update 1; the last good state is the base model"):
+    with pytest.raises(SystemExit, match="update 1 of .*; the last good state is the base model"):
         run("--methods", "draft-1")
 
 

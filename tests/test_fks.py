@@ -429,6 +429,81 @@ def test_a_nan_kills_its_particle_not_the_run(adaptive):
     assert fks.normalised(books["logw"]).isfinite().all()
 
 
+# ---------------------------------------------------------------------------- fewer particles
+def pruned(levels, P=2, N=8, value=exact, grid=GRID):
+    """prune() on Gaussian data: z (P, n), its books, and rows of each call."""
+    rows = Counter()
+
+    def noise(k, m=1):
+        return torch.randn(P, N, m, 1, dtype=torch.float64, generator=common.generator(k))
+
+    def denoise(z, t, prefix):
+        rows["denoiser"] += len(z)
+        return velocity(z, t)
+
+    def counted(z, t):
+        rows["value"] += len(z)
+        return value(z, t)
+
+    start = noise("start")[:, :, 0]
+    z, books = fks.prune(start, grid, denoise, noise, counted, levels)
+    if not levels:  # best of N
+        more = dict(noise=noise, uniform=lambda k: (None, None), score=None, value=None, lam=0.0)
+        more |= dict(fk_steps=(), propose=0, M=1, rules=RULES)
+        assert torch.equal(z, fks.steer(start, grid, velocity, **more)[0])
+    return z[..., 0], books, rows
+
+
+@pytest.mark.parametrize("N, left", [(8, 4), (5, 3), (2, 1)])
+def test_prune_keeps_the_better_half(N, left):
+    """The samples of highest V where sigma comes down to .5, and they end where they would have."""
+    halfway = next(k for k, t in enumerate(GRID) if t <= 0.5)
+    z, _, _ = pruned((), N=N, grid=GRID[: halfway + 1])
+    best = z0_hat(z, GRID[halfway]).argsort(1, descending=True)[:, :left]
+    found, books, _ = pruned([0.5], N=N)
+    assert torch.equal(books["origin"], best) and (books["logw"] == 0).all()
+    assert torch.equal(found, pruned((), N=N)[0].gather(1, best))
+
+
+def test_pruned_at_the_end_is_best_of_n():
+    """There the exact V is the reward; at .3 it ranks nearly as well, at .9 hardly at all."""
+    plain = pruned((), P=200)[0].amax(1)
+    at = {level: pruned([level], P=200)[0].amax(1) for level in (0.0, 0.3, 0.9)}
+    assert torch.equal(at[0.0], plain)
+    assert all((x <= plain).all() for x in at.values())
+    loss = {level: float((plain - x).mean()) for level, x in at.items()}
+    assert loss[0.3] < 0.1 * loss[0.9]
+
+
+def test_rows_of_prune_by_hand():
+    """A halving a level, at the first sigma that is not above it; the last particle stays."""
+    grid = torch.linspace(1, 0, 41).double().tolist()
+
+    def rows(levels, N):
+        z, _, found = pruned(levels, P=1, N=N, grid=grid)
+        return z.shape[1], found["denoiser"], found["value"]
+
+    assert rows([0.5, 0.25], 8) == (2, 8 * 20 + 4 * 10 + 2 * 10, 8 + 4)
+    assert rows([0.24, 0.49], 8) == (2, 8 * 21 + 4 * 10 + 2 * 9, 8 + 4)
+    assert rows([0.51, 0.52], 7) == (2, 7 * 20 + 2 * 20, 7)
+    assert rows([0.5, 0.25], 2) == (1, 2 * 20 + 20, 2)
+    assert rows([0.5, 0.25], 1) == (1, 40, 0) and rows([], 3) == (3, 120, 0)
+
+
+def test_what_is_not_finite_is_pruned_first():
+    """Counted once each; where all are dead some go on."""
+
+    def value(z, t):
+        v = torch.tensor([math.nan, -9.0, math.inf, math.nan, math.nan, math.nan])
+        return v.double() if len(z) == 6 else torch.full((len(z),), math.nan), None
+
+    _, books, _ = pruned([0.5], N=3, value=value)
+    assert books["origin"].shape == (2, 2) and books["origin"][0, 0] == 1
+    assert books["killed"].tolist() == [2, 3]
+    z, books, _ = pruned([0.5, 0.3], N=3, value=value)
+    assert z.isfinite().all() and books["killed"].tolist() == [3, 3]
+
+
 # ---------------------------------------------------------------------------- the shared prefix
 @pytest.fixture(scope="module")
 def sd3():
@@ -716,14 +791,14 @@ def test_schedules():
     """D.2: 8 to 32 of 40 at cfg 4.5; FLUX 6 to 22 of 28 without, 11 with proposals; flags win."""
     args = flags()
     assert (args.steps, args.cfg, args.fk_start, args.fk_end) == (40, 4.5, 8, 32)
-    steps = fks.settings(fks.plan(args)[2], args)["fk_steps"]
+    steps = fks.settings(fks.plan(args)[3], args)["fk_steps"]
     assert list(steps) == [8, 12, 16, 20, 24, 28, 32]
     args = flags("--backbone", "flux", is_flux=True, cfg=1.0)
-    given = fks.settings(fks.plan(args)[3], args)
+    given = fks.settings(fks.plan(args)[4], args)
     assert (args.steps, args.cfg, given["propose"]) == (28, 1.0, 11)
     assert list(given["fk_steps"]) == [6, 10, 14, 18, 22]
     args = flags("--steps", "20", "--cfg", "1", "--fk-start", "1", "--fk-every", "7")
-    steps = fks.settings(fks.plan(args)[2], args)["fk_steps"]
+    steps = fks.settings(fks.plan(args)[3], args)["fk_steps"]
     assert list(steps) == [1, 8, 15] and args.cfg == 1
 
 
@@ -732,16 +807,16 @@ def test_plan_of_a_study():
     ways = "--proposal", "argmax", "corrected", "--potential-value", "stitchvm"
     args = flags(*sizes, *ways)
     runs = fks.plan(args)
-    plain = [("flow", 1), ("bon", 2), ("bon", 4), ("fks", 2), ("fks", 4)]
-    expected = [(method, n, 1, "argmax") for method, n in plain]
+    plain = [(method, n) for method in ("bon", "prune", "fks") for n in (2, 4)]
+    expected = [(method, n, 1, "argmax") for method, n in [("flow", 1), *plain]]
     expected += [("fks+stitchvm", 2, m, p) for m in (2, 6) for p in ("argmax", "corrected")]
     assert [(r["method"], r["N"], r["M"], r["proposal"]) for r in runs] == expected
     curves = [fks.label(r, args) for r in runs]
-    assert len(set(curves)) == 3 + 4 and "M=6" in curves[-1] and "corrected" in curves[-1]
+    assert len(set(curves)) == 4 + 4 and "M=6" in curves[-1] and "corrected" in curves[-1]
 
 
 WRONG = ["--n 4 0", "--m 0", "--steps 0", "--fk-start 30 --fk-end 20", "--fk-end 41"]
-WRONG += ["--propose 1.5", "--adaptive -1", "--limit 0", "--spread-samples 1"]
+WRONG += ["--propose 1.5", "--adaptive -1", "--limit 0", "--spread-samples 1", "--prune-at 1"]
 
 
 @pytest.mark.parametrize("argv", WRONG)
@@ -761,7 +836,7 @@ def out(values, tmp_path_factory):
 
 
 def run(out, *argv):
-    more = "--steps", "5", "--spread-samples", "2"
+    more = "--steps", "5", "--spread-samples", "2", "--scorers", "judge"
     fks.main(fks.parse_args(["--out", str(out), *more, *argv]))
     return json.loads((out / "06_fks.json").read_text())
 
@@ -775,22 +850,27 @@ STEERED = {"potential_value", "proposal", "lambda", "lambda_raw", "ess"}
 def test_a_short_run(out):
     """Every promised key; one sample of bon is the plain one; images, figures, spread."""
     ways = "--proposal", "argmax", "corrected", "--potential-value", "tweedie", "stitchvm"
-    more = "--report", "best", "mean", "--save-images"
+    more = "--report", "best", "mean", "--save-images", "--scorers", *fks.MINI["scorers"]
+    old = out / "06_images/prune_N=2_best/00099"
+    old.mkdir(parents=True)
     table = run(out, "--limit", "3", "--n", "2", "--m", "2", *ways, *more)
     rows = table["rows"]
-    assert len(rows) == 1 + 1 + 2 + 8
-    assert [r["method"] for r in rows[:4]] == ["flow", "bon", "fks", "fks"]
+    assert len(rows) == 1 + 1 + 1 + 2 + 8 and not old.exists()
+    assert [r["method"] for r in rows[:5]] == ["flow", "bon", "prune", "fks", "fks"]
     for row in rows:
         assert set(row) >= PROMISED
         assert (set(row) >= STEERED) == row["method"].startswith("fks")
-        assert row["n"] == 3 and row["killed"] == 0
+        assert row["n"] == 3 and row["killed"] == row["failed"] == 0
         assert 1 <= row["ancestors"] <= row["n_particles"]
-        assert row["denoiser_calls"] == 10 * row["n_particles"]
-    flow, bon, best, mean = rows[:4]
+        dropped = row["method"] == "prune"  # one of two, before the last of five steps
+        assert row["denoiser_calls"] == 10 * row["n_particles"] - 2 * dropped
+    flow, bon, prune, best, mean = rows[:5]
+    assert prune["ancestors"] == 1 and "lambda" not in prune
     assert flow["reward"] <= bon["reward"] and best["reward"] >= mean["reward"]
-    pairs = zip(*table["rewards_of_prompts"][:2], strict=True)
-    assert all(a <= b + 1e-5 for a, b in pairs)
-    work = [r["gflop_per_prompt"] for r in (flow, bon, best, rows[4])]
+    for some in table["rewards_of_prompts"][0], table["rewards_of_prompts"][2]:
+        pairs = zip(some, table["rewards_of_prompts"][1], strict=True)
+        assert all(a <= b + 1e-5 for a, b in pairs)
+    work = [r["gflop_per_prompt"] for r in (flow, bon, best, rows[5])]
     assert work == sorted(set(work))
     assert best["lambda"] == 1 and best["lambda_raw"] == pytest.approx(1 / table["spread"])
     assert table["shared"] is True and table["values"][0]["stage"] == "03_finetune"
@@ -814,6 +894,37 @@ def test_best_of_more_holds_the_best_of_fewer(out):
     assert_close(plain, alone, atol=1e-5, rtol=0)
     assert (many >= few - 1e-5).all() and many.mean() > few.mean()
     assert [r["ancestors"] for r in both["rows"]] == [1, 3]
+
+
+def test_a_prompt_whose_samples_all_fail_has_no_score(out, monkeypatch):
+    """It is counted and nothing is written or scored in its place; all failed is a sentence."""
+    clean = fks.Models.clean
+    dead = [1]
+
+    def broken(self, z, sigma, prompts):
+        images, r = clean(self, z, sigma, prompts)
+        gone = torch.isin(prompts, torch.tensor(dead))
+        return torch.where(gone[:, None, None, None], math.nan, images), r.masked_fill(
+            gone, math.nan
+        )
+
+    argv = "--limit", "3", "--methods", "bon", "--n", "2", "--raw-lam", "1", "--save-images"
+    monkeypatch.setattr(fks.Models, "clean", broken)
+    scored = []
+    mean_and_error = fks.mean_and_error
+    monkeypatch.setattr(fks, "mean_and_error", lambda s: scored.append(s) or mean_and_error(s))
+    table = run(out, *argv)
+    (row,) = table["rows"]
+    assert [r is None for r in table["rewards_of_prompts"][0]] == [False, True, False]
+    assert (row["killed"], row["failed"], row["n"]) == (2, 1, 3)
+    assert [len(x) for x in scored[0].values()] == [2, 2]  # the reward's and the judge's
+    samples = [len([*out.glob(f"{row['images']}/0000{k}/samples/*.png")]) for k in range(3)]
+    assert samples == [1, 0, 1]
+    dead += [0, 2]
+    with pytest.raises(SystemExit, match="^error: every sample of bon_N=2 became NaN"):
+        run(out, *argv)
+    assert json.loads((out / "06_fks.json").read_text()) == table
+    shutil.rmtree(out / "06_fks.parts")
 
 
 @pytest.mark.filterwarnings("ignore:std")  # of one prompt there is none
@@ -841,48 +952,60 @@ def test_several_strengths_are_rows(out):
     assert strong["lambda_raw"] == pytest.approx(8 * weak["lambda_raw"])
 
 
-def test_the_spread_is_measured_once(out):
-    """Kept for the same samples, measured anew for others; --raw-lam needs none."""
+def test_the_spread_is_measured_once(out, monkeypatch):
+    """Kept for the same samples, measured for others and where the file is damaged."""
     argv = ["--limit", "2", "--methods", "fks", "--n", "2"]
-    first = run(out, *argv)["rows"][0]["lambda_raw"]
+    assert run(out, *argv)["rows"][0]["lambda_raw"] > 0
     path = out / "06_spread.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | dict(spread=2 * record["spread"])))
-    assert run(out, *argv)["rows"][0]["lambda_raw"] == pytest.approx(first / 2)
-    other = run(out, *argv, "--seed", "1")["rows"][0]["lambda_raw"]
-    assert other != pytest.approx(first / 2)
-    row = run(out, *argv, "--raw-lam", "7")["rows"][0]
+    record = json.loads(path.read_text()) | dict(spread=0.25)
+    path.write_text(json.dumps(record))
+    assert run(out, *argv)["rows"][0]["lambda_raw"] == 4
+    args = SimpleNamespace(**record["config"])
+    monkeypatch.setattr(fks, "perform", lambda *a: (None, torch.eye(2), None))
+    spread = partial(fks.reward_spread, None, args)
+    assert spread(record["about"]["prompts"]) == 0.25
+    for text in ("", path.read_text()[:-20], "[]", "{}", json.dumps(record | dict(spread=None))):
+        path.write_text(text)
+        assert spread(record["about"]["prompts"]) == pytest.approx(0.5**0.5)
+    path.write_text(json.dumps(record))
+    assert spread(["another prompt"]) == pytest.approx(0.5**0.5)
+
+
+def test_a_strength_in_units_of_the_reward(out):
+    row = run(out, "--limit", "2", "--methods", "fks", "--n", "2", "--raw-lam", "7")["rows"][0]
     assert row["lambda_raw"] == 7 and row["lambda"] is None
 
 
 def test_a_joint_reward_is_the_sum(out):
     """Two rewards, two value files, one prefix."""
     value = str(out / "value.pt")
-    joint = "--reward", "clip+clip", "--value", value, value, "--raw-lam", "20"
+    joint = "--reward", "clip+clip", "--value", value, value, "--raw-lam", "20", "--scorers", "clip"
     table = run(out, "--limit", "2", "--n", "2", "--methods", "fks+stitchvm", *joint)
     row = table["rows"][0]
     assert row["reward"] == pytest.approx(2 * row["clip"], abs=1e-2) and len(table["values"]) == 2
 
 
 def test_the_same_seed_gives_the_same_table(out):
-    argv = "--limit", "2", "--n", "2", "--methods", "fks+stitchvm", "--raw-lam", "20", "--seed"
+    argv = "--limit", "2", "--n", "2", "--methods", "prune", "--prune-at", "0.9", "--seed"
     once, again, other = (run(out, *argv, s)["rewards_of_prompts"] for s in ("0", "0", "3"))
     assert once == again != other
 
 
-@pytest.mark.parametrize("way", ["argmax", "corrected"])
+@pytest.mark.parametrize("way", ["argmax", "corrected", "prune"])
 def test_counted_gflop_are_what_runs(out, way):
     """The rows times their costs are the counter's own total of a run with resumed prefixes."""
-    argv = ["--out", str(out), "--steps", "5", "--methods", "fks+stitchvm", "--n", "2"]
-    argv += ["--proposal", way] + ["--potential-value", "stitchvm"] * (way == "corrected")
+    ways = {"prune": ["--methods", "prune"], "corrected": ["--potential-value", "stitchvm"]}
+    argv = ["--out", str(out), "--steps", "5", "--n", "2", "--methods", "fks+stitchvm"]
+    argv += ways.get(way, []) + ["--proposal", way] * (way != "prune")
     args = fks.parse_args(argv)
     with torch.no_grad():
         models = fks.Models(args, ["a red circle on white"])
         perform = partial(fks.perform, models, args, fks.plan(args)[0], 1.0, 0, 1)
         row, _, _ = perform()
         counted = common.gflop(perform)
-    assert models.shares and models.rows["resumed velocity"]
+    assert models.shares and (models.rows["resumed velocity"] > 0) == (way != "prune")
     assert row["gflop_per_prompt"] == pytest.approx(counted, rel=1e-6)
+    shutil.rmtree(out / "06_fks.parts")
 
 
 def test_the_generator_is_gone_before_scorers_are_loaded(out, monkeypatch):
@@ -920,7 +1043,7 @@ def test_the_flags_reach_the_models(out):
     args = fks.parse_args(["--out", str(out), "--compile", "--dtype", "bfloat16"])
     models = fks.Models(args, ["a red circle on white"])
     assert models.backbone.compiles and models.backbone.dtype == models.rewards[0].dtype
-    assert models.spec["compile"] and "out" not in models.spec
+    assert models.spec["prune_at"] == [0.36] and not set(models.spec) & set(fks.FREE)
 
 
 class Cut(Exception):
@@ -929,7 +1052,8 @@ class Cut(Exception):
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     """During the measurement of the spread, after it, at the end: the same table and pictures, no
-    part twice. Other flags or prompts are refused; without --resume nothing old is used."""
+    part twice. Other flags or prompts are refused, and a run that says neither --resume nor
+    --restart, which uses nothing old."""
     out = tmp_path / "run"
     texts = tmp_path / "prompts.txt"
     texts.write_text("a red circle on white\na blue square on black\na green circle on red\n")
@@ -969,7 +1093,10 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
         path.unlink()
     parts.mkdir()
     (parts / "bon_N=2_1.pt").write_text("of another run")
-    begun(1)
+    message = begun(9)
+    assert "go on with --resume" in message and "--restart" in message and left == [9]
+    assert [p.name for p in parts.iterdir()] == ["bon_N=2_1.pt"]
+    begun(1, "--restart")
     assert not spread.exists() and [p.name for p in parts.iterdir()] == ["spread_N=2_0.pt"]
     begun(4, "--resume")
     assert spread.exists() and [p.suffix for p in parts.iterdir()] == [".pt"] * 5

@@ -544,8 +544,9 @@ def run(monkeypatch, tmp_path, values):
     """Run the stage in the repository's root: its table."""
     monkeypatch.chdir(common.ROOT)
 
-    def go(*flags, out=tmp_path / "out"):
-        given = [*SHORT, "--out", out, "--value", values["clip"], *flags]
+    def go(*flags, out=tmp_path / "out", anew=True):
+        again = ("--restart",) if anew and "--resume" not in flags else ()
+        given = [*SHORT, "--out", out, "--value", values["clip"], *flags, *again]
         nft.main(nft.parse_args([str(f) for f in given]))
         return json.loads((out / "08_nft.json").read_text())
 
@@ -597,7 +598,13 @@ def test_a_short_run(run, tmp_path, called):
     """The promised keys, one start for all methods, work that is what was called, images, figures,
     and files that say that the methods are done."""
     scorers = ("dfn-clip", "hpsv2", "aesthetic", "judge")
-    table = run("--updates", 3, "--eval-every", 2, "--save-images", "--scorers", *scorers)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    another = tmp_path / "out/08_images/nft/2/00009/samples/0000.png"
+    another.parent.mkdir(parents=True)
+    another.touch()  # of an earlier run
+    flags = ("--save-images", "--track", tmp_path / "track")
+    table = run("--updates", 3, "--eval-every", 2, *flags, "--scorers", *scorers)
     rows, costs = table["rows"], table["gflop_per_row"]
     expected = [(m, n) for m in nft.METHODS for n in (0, 2, 3)]
     assert [(r["method"], r["update"]) for r in rows] == expected
@@ -605,8 +612,7 @@ def test_a_short_run(run, tmp_path, called):
         assert set(nft.POSITION) < set(row) and row["n"] == 2
         assert {k for s in ("reward", "gain", *scorers) for k in (s, f"{s}_se")} <= set(row)
         assert row["gain"] == pytest.approx(row["reward"] - rows[0]["reward"], abs=1e-6)
-        method = row["method"] if row["update"] else "nft"  # the base model's are of the first
-        assert row["images"] == f"08_images/{method}/{row['update']}"
+        assert row["images"] == f"08_images/{row['method']}/{row['update']}"
         assert len([*(tmp_path / "out" / row["images"]).glob("*/samples/0000.png")]) == 2
 
     def scores(row):
@@ -625,6 +631,13 @@ def test_a_short_run(run, tmp_path, called):
     total += costs["train"] * trained
     assert rows[2]["gflop"] + rows[5]["gflop"] == pytest.approx(total, rel=1e-9)
     assert rows[5]["gflop"] < rows[2]["gflop"]
+    for method in nft.METHODS:
+        files = EventAccumulator(str(tmp_path / "track" / method)).Reload()
+        for key, lines in (("reward", rows), ("loss", table["curve"])):
+            own = {r["update"]: r[key] for r in lines if r["method"] == method}
+            own = {k: v for k, v in own.items() if k in (2, 3) or key == "reward"}
+            assert {e.step: e.value for e in files.Scalars(key)} == pytest.approx(own)
+        assert [e.step for e in files.Images("samples")] == [0, 2, 3]
     for name in ("grid", "curves"):
         assert Image.open(tmp_path / "out" / f"08_{name}.png").width > 300
     assert lora_in(tmp_path / "out/nft").keys() == lora_in(tmp_path / "out/nft+stitchvm").keys()
@@ -794,7 +807,7 @@ def test_a_nan_stops_and_keeps_the_last_good_state(run, tmp_path, monkeypatch):
         return good(r, clip) * (math.nan if len(calls) == 3 else 1)
 
     monkeypatch.setattr(nft, "optimality", broken)
-    sentence = "the loss of nft.stitchvm became NaN or infinite in update 3; the last good state is"
+    sentence = "update 3 of nft.stitchvm gave NaN, inf or weights above 100; the last good state is"
     with pytest.raises(SystemExit, match=f"^error: {sentence} .*08_nft.train") as e:
         run(*flags)
     assert "\n" not in str(e.value)
@@ -804,6 +817,47 @@ def test_a_nan_stops_and_keeps_the_last_good_state(run, tmp_path, monkeypatch):
     run(*flags, out=tmp_path / "whole")
     assert [r["update"] for r in table["curve"]] == [1, 2, 3]
     assert same(*(lora_in(d / "nft+stitchvm") for d in (tmp_path / "out", tmp_path / "whole")))
+
+
+@pytest.mark.parametrize("lr", [1e3, 1e30])
+def test_a_last_step_that_ruins_the_weights_writes_nothing(run, tmp_path, lr):
+    """Too large, or so large that a sample is NaN."""
+    with pytest.raises(SystemExit, match="^error: update 1 of nft gave NaN, inf or weights") as e:
+        run("--updates", 1, "--methods", "nft", "--lr", lr)
+    assert "\n" not in str(e.value) and "the last good state is the base model" in str(e.value)
+    assert [p.name for p in (tmp_path / "out").iterdir() if "prompts" not in p.name] == []
+
+
+@pytest.mark.parametrize("edited", ["p.txt", "e.txt"])
+def test_prompts_edited_in_place_are_refused(run, tmp_path, edited):
+    """In the same file; one that was only moved is taken, and more updates are."""
+    (tmp_path / "p.txt").write_text("a red circle\na ring\ntwo stars\n")
+    (tmp_path / "e.txt").write_text("a blue ring\na star\n")
+    flags = ["--methods", "nft"]
+    files = ["--train-prompts", tmp_path / "p.txt", "--eval-prompts", tmp_path / "e.txt"]
+    run(*flags, *files, "--updates", 1)
+    last = files.index(tmp_path / edited)
+    files[last] = (tmp_path / edited).rename(tmp_path / "moved.txt")
+    table = run(*flags, *files, "--updates", 2, "--resume")
+    assert [r["update"] for r in table["curve"]] == [1, 2]
+    text = files[last].read_text()
+    files[last].write_text(text.replace("star", "square"))
+    key = "train_prompts" if edited == "p.txt" else "eval_prompts"
+    with pytest.raises(SystemExit, match=rf"(?s)does not fit this run.*\n  {key} ") as e:
+        run(*flags, *files, "--updates", 2, "--resume")
+    assert str(e.value).count("_prompts ") == 1
+
+
+def test_a_state_is_thrown_away_only_where_a_flag_says_so(run, tmp_path):
+    """Whether its run has ended or not, and before anything is loaded."""
+    state = tmp_path / "out/nft/08_nft.train"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    with pytest.raises(SystemExit, match="08_nft.train.*--resume.*--restart") as e:
+        run("--methods", "nft", "--reward", "nothing", anew=False)
+    assert "\n" not in str(e.value) and state.read_bytes() == b""
+    run("--methods", "nft", "--updates", 1)
+    assert torch.load(state, weights_only=True)["data"]["update"] == 1
 
 
 MISUSE = [

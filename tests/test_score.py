@@ -1,12 +1,12 @@
 """Scoring of images on the disk: folders in GenEval's layout, and the tables of stages."""
 
 import json
-import sys
 import weakref
-from types import SimpleNamespace
+from pathlib import Path
 
 import draw
 import numpy as np
+import parity
 import pytest
 import score
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 import train
 from PIL import Image
+from torch import nn
 from torch.testing import assert_close
 from torchvision.io import encode_png
 from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
@@ -129,32 +130,74 @@ def test_pickscore_is_the_scaled_cosine(monkeypatch, folder):
     assert float(found.std()) > 1e-3
 
 
-def test_imagereward_gets_images_and_prompts_in_pairs(monkeypatch):
-    """By its package's interface: one prompt and a list of one PIL image at a time."""
+@torch.no_grad()
+def test_imagereward_is_its_packages(tmp_path):
+    """The scores that parity.py recorded of the package, of each image with each prompt."""
+    recorded = json.loads((Path(parity.__file__).parent / "parity.json").read_text())
+    weights = parity.weights(recorded["shapes"])
+    sizes = parity.VISION | dict(image_size=224), parity.TEXT
+    model = score.ImageReward(weights, parity.tokenizer(tmp_path), *sizes)
+    found = [model(parity.images(), [p] * 3) for p in parity.PROMPTS]
+    found = torch.stack(found)
+    assert_close(found, torch.tensor(recorded["scores"]), atol=5e-4, rtol=0)
+    assert float(found.std(0).min()) > 1 and float(found.std(1).min()) > 1
+    weights.pop("blip.visual_encoder.norm.weight")
+    with pytest.raises(ValueError, match="no weights vision.post_layernorm.weight"):
+        score.ImageReward(weights, parity.tokenizer(tmp_path), *sizes)
 
-    def rate(prompt, images):
-        return len(prompt) + float(np.asarray(images[0])[0, 0, 0]) / 1000
 
-    package = SimpleNamespace(load=lambda name, device: SimpleNamespace(score=rate))
-    monkeypatch.setitem(sys.modules, "ImageReward", package)
-    images = torch.tensor([10, 200, 30], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 4, 4)
-    found = score.load_scorer("imagereward", "24gb", "cpu")(images, ["a", "bb", "c"])
-    assert_close(found, torch.tensor([1.01, 2.2, 1.03]))
+def test_imagereward_is_loaded_from_the_hub(monkeypatch, tmp_path):
+    """Its file of weights, read as tensors alone; BERT's tokenizer; the published sizes."""
+    torch.save(dict(a=torch.ones(2)), tmp_path / "ImageReward.pt")
+    asked = []
+
+    def download(*source):
+        asked.append(source)
+        return tmp_path / source[1]
+
+    class Model(nn.Module):
+        def __init__(self, *given):
+            super().__init__()
+            asked.append(given)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: name)
+    monkeypatch.setattr(score, "ImageReward", Model)
+    score.load_scorer("imagereward", "24gb", "cpu")
+    assert asked[0] == ("THUDM/ImageReward", "ImageReward.pt")
+    assert asked[1][0]["a"].tolist() == [1, 1] and asked[1][1] == "google-bert/bert-base-uncased"
 
 
 # ---------------------------------------------------------------------------- what is not there
 def test_scorers_that_cannot_be_had_are_named_and_left_out(monkeypatch, capsys, table):
     """One warning each, with its reason; the others are there."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setitem(sys.modules, "ImageReward", None)
-    names = "pickscore", "imagereward", "no-such-reward"
-    run(table, "--scorers", *names, "clip")
+    sources = dict(pickscore="laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+    sources |= dict(imagereward="google-bert/bert-base-uncased")
+    run(table, "--scorers", *sources, "clip")
     lines = capsys.readouterr().out.splitlines()
-    found = [line.split(": ", 2) for line in lines if line.startswith("warning")]
-    assert [line[:2] for line in found] == [["warning", f"no column {name}"] for name in names]
-    assert all(len(line[2]) > 20 for line in found)
+    found = [line for line in lines if line.startswith("warning")]
+    reason = "is not on this machine and its host cannot be reached"
+    for line, (name, source) in zip(found, sources.items(), strict=True):
+        assert line.startswith(f"warning: no column {name}: {source} {reason}")
     row = json.loads(table.read_text())["rows"][0]
     assert set(row) == {"method", "reward", "images", "clip", "clip_se"}
+
+
+def test_all_other_errors_stop_the_run(monkeypatch, table):
+    """In their own words; the columns of the scorers before are in the table by then."""
+    with pytest.raises(SystemExit, match="^error: there is no no-such-reward"):
+        run(table, "--scorers", "clip", "no-such-reward")
+    row = json.loads(table.read_text())["rows"][0]
+    assert set(row) == {"method", "reward", "images", "clip", "clip_se"}
+
+    def load(*args):
+        with common.needs("some/weights"):
+            raise ImportError("cannot import name 'find_pruneable_heads_and_indices'")
+
+    monkeypatch.setattr(score, "load_scorer", load)
+    with pytest.raises(SystemExit, match="^error: a package is missing .*find_pruneable"):
+        run(table, "--scorers", "clip")
 
 
 SMALL = ["DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried to allocate"]

@@ -5,20 +5,19 @@
 
 A FOLDER has GenEval's layout: 00000/metadata.jsonl with the key prompt, 00000/samples/*.png.
 A TABLE.json is one of stages 05 to 08: each of its rows that has the key `images`, a folder
-relative to the table, gets <scorer> and <scorer>_se, and the file is replaced. A score is a mean
-over prompts, each the mean over its samples. One model is in memory at a time; one that cannot be
-had is named in a warning and left out.
+relative to the table, gets <scorer> and <scorer>_se, and the file is replaced after each scorer.
+A score is a mean over prompts, each the mean over its samples. One model is in memory at a time;
+one whose files cannot be had is named in a warning with the reason, and left out.
 """
 
-import argparse
 import json
 import sys
-import traceback
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/mini")]
@@ -27,12 +26,12 @@ import common  # noqa: E402
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser("score.py", None, __doc__, formatter_class=common.Help)
+    p = common.Parser("score.py", None, __doc__, formatter_class=common.Help)
     p.add_argument("sources", nargs="+", metavar="FOLDER|TABLE.json")
     p.add_argument("--scorers", nargs="+", required=True, help="geneval, pickscore, …, or rewards")
     p.add_argument("--preset", choices=("mini", "24gb", "paper"), default="mini")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    p.add_argument("--batch", type=int, default=16, help="images at a time")
+    p.add_argument("--batch", type=common.COUNT, default=16, help="images at a time")
     p.add_argument("--out", metavar="FILE.json", help="the rows of all sources in one file")
     return p.parse_args(argv)
 
@@ -43,8 +42,10 @@ def pickscore(device):
     """PickScore v1: exp(logit scale) times the cosine of image and prompt."""
     from transformers import AutoProcessor, CLIPModel
 
-    processor = AutoProcessor.from_pretrained("laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
-    model = CLIPModel.from_pretrained("yuvalkirstain/PickScore_v1").to(device).eval()
+    with common.needs("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+        processor = AutoProcessor.from_pretrained("laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+    with common.needs("yuvalkirstain/PickScore_v1"):
+        model = CLIPModel.from_pretrained("yuvalkirstain/PickScore_v1").to(device).eval()
     short = dict(padding=True, truncation=True, max_length=77, return_tensors="pt")
 
     def score(images, prompts):
@@ -58,15 +59,73 @@ def pickscore(device):
     return score
 
 
-def imagereward(device):
-    """ImageReward v1.0, by its own package."""
-    import ImageReward
-    from torchvision.transforms.functional import to_pil_image
+# what transformers' BLIP calls the parts of ImageReward's, in the order of replacement
+RENAMED = {
+    "blip.text_encoder.": "text.",
+    "blip.visual_encoder.": "vision.",
+    "mlp.layers.": "head.",
+    "vision.norm.": "vision.post_layernorm.",
+    ".cls_token": ".embeddings.class_embedding",
+    ".pos_embed": ".embeddings.position_embedding",
+    ".patch_embed.proj.": ".embeddings.patch_embedding.",
+    ".blocks.": ".encoder.layers.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".attn.qkv.": ".self_attn.qkv.",
+    ".attn.proj.": ".self_attn.projection.",
+}
+VIT_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
+VIT_L |= dict(num_attention_heads=16, image_size=224)
+BERT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 
-    model = ImageReward.load("ImageReward-v1.0", device=device)
-    return lambda images, prompts: torch.tensor(
-        [model.score(p, [to_pil_image(x)]) for p, x in zip(prompts, images, strict=True)]
-    )
+
+class ImageReward(nn.Module):
+    """ImageReward v1.0 of its published weights, whose own package needs transformers 4.
+
+    Equal to the package on random weights (parity.py).
+    """
+
+    def __init__(self, weights, tokenizer, vision=VIT_L, text=BERT):
+        from torchvision.transforms import v2
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+        super().__init__()
+        self.tokenizer = partial(tokenizer, padding="max_length", truncation=True, max_length=35)
+        # trap: transformers' defaults are 1e-5 and 8 heads
+        self.vision = BlipVisionModel(BlipVisionConfig(**vision, layer_norm_eps=1e-6))
+        width = dict(encoder_hidden_size=vision["hidden_size"], vocab_size=30524)
+        self.text = BlipTextModel(BlipTextConfig(**width | text), add_pooling_layer=False)
+        self.head = common.aesthetic_head(width=text["hidden_size"])  # of the same layers
+        for old, new in RENAMED.items():
+            weights = {k.replace(old, new): v for k, v in weights.items()}
+        if missing := self.load_state_dict(weights, strict=False).missing_keys:
+            raise ValueError(f"no weights {missing[0]}")
+        self.eval()
+        looks = [v2.Resize(224, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.PILToTensor()]
+        moments = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        looks += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*moments)]
+        self.transform = v2.Compose([v2.ToPILImage(), *looks])
+
+    def forward(self, images, prompts):
+        device = self.head[0].weight.device
+        tokens = self.tokenizer(list(prompts), return_tensors="pt").to(device)
+        x = torch.stack([self.transform(image) for image in images]).to(device)
+        seen = self.vision(x).last_hidden_state
+        given = tokens.input_ids, tokens.attention_mask
+        read = self.text(*given, encoder_hidden_states=seen).last_hidden_state[:, 0]
+        return (self.head(read)[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+def imagereward(device):
+    from huggingface_hub import hf_hub_download
+    from transformers import AutoTokenizer
+
+    with common.needs("google-bert/bert-base-uncased"):
+        tokenizer = AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")
+    with common.needs("THUDM/ImageReward"):
+        file = hf_hub_download("THUDM/ImageReward", "ImageReward.pt")
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        return ImageReward(weights, tokenizer).to(device)
 
 
 def geneval(images, prompts):
@@ -84,17 +143,12 @@ def clean(reward, images, prompts):
 
 def load_scorer(name, preset, device):
     if name == "geneval" and preset not in common.WORLDS:
-        common.fail("GenEval's own evaluation (github.com/djghosh13/geneval) reads these folders")
+        own = "GenEval's own evaluation (github.com/djghosh13/geneval) reads these folders"
+        raise common.Unavailable(own)
     special = dict(geneval=lambda _: geneval, pickscore=pickscore, imagereward=imagereward)
     if name in special:
         return special[name](device)
     return partial(clean, common.Reward(name, preset, device))
-
-
-def out_of_memory(error):
-    """Whether this error, or one behind it, is that there is too little memory."""
-    said = "".join(traceback.format_exception(error))
-    return any(s in said for s in ("MemoryError", "DefaultCPUAllocator", "out of memory"))
 
 
 # ---------------------------------------------------------------------------- images
@@ -146,19 +200,18 @@ def load_rows(source):
 
 def score_all(name, folders, args):
     """{folder: {name: mean, name_se: its standard error}}; empty, with a warning, without it."""
-    scorer, found = None, {}
+    found = {}
     try:
         scorer = load_scorer(name, args.preset, args.device)
         for folder, rows in folders.items():
             row = common.mean_and_error({name: score_folder(scorer, rows, args.batch)})
             found[folder] = {k: v if v == v else None for k, v in row.items()}
-    except (Exception, SystemExit) as e:
-        if out_of_memory(e):
+    except common.Unavailable as e:
+        print(f"warning: no column {name}: {str(e).removeprefix('error: ')}")
+    except Exception as e:
+        if common.out_of_memory(e):
             common.fail(f"{name} does not fit into the memory of {args.device}: try --batch 1")
-        if scorer:  # it is there: the images are at fault
-            raise
-        reason = str(e).removeprefix("error: ") or type(e).__name__
-        print(f"warning: no column {name}: {reason.splitlines()[0]}")
+        raise
     return found
 
 
@@ -168,18 +221,19 @@ def main(args):
     sources = {Path(source): load_rows(Path(source)) for source in args.sources}
     rows = [pair for pairs, _ in sources.values() for pair in pairs]
     folders = {folder: read_folder(folder) for folder, _ in rows}
+    files = {path: table for path, (_, table) in sources.items() if table}
+    if args.out:
+        files[Path(args.out)] = dict(rows=[row for _, row in rows], config=vars(args))
     for name in args.scorers:
         found = score_all(name, folders, args)
         for folder, row in rows:
             row |= found.get(folder, {})
+        for path, table in files.items():  # now: the next one may stop the run
+            with common.replacing(path) as temporary:
+                temporary.write_text(json.dumps(table, indent=1))
     columns = [k for name in args.scorers for k in (name, f"{name}_se")]
     common.print_table([row for _, row in rows], ["images", *columns])
-    files = {path: table for path, (_, table) in sources.items() if table}
-    if args.out:
-        files[Path(args.out)] = dict(rows=[row for _, row in rows], config=vars(args))
-    for path, table in files.items():
-        with common.replacing(path) as temporary:
-            temporary.write_text(json.dumps(table, indent=1))
+    for path in files:
         print(f"wrote {path}")
 
 
