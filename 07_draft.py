@@ -8,9 +8,8 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.3, Table 3, App. D.3, Eqs. (63), (64)
         goes through the last K steps, over which the mean is taken (DRaFT+), and through the
         decoder and the reward, or through V, which reads a copy of its blocks without the LoRA.
 Reads   value.pt (03) of each reward; prompts to train on, held-out prompts to report on
-Writes  out/07_draft.json, out/07_curves.png, out/07_grid.png; out/<method>/: the averaged LoRA,
-        for diffusers (pytorch_lora_weights.safetensors) and for peft (adapter_*), and
-        07_draft.train, where --resume goes on
+Writes  out/07_draft.json, 07_curves.png, 07_grid.png; in out/<method>/ the averaged LoRA, for
+        diffusers and (adapter_*) for peft, and 07_draft.train, where --resume goes on
 Run     python 07_draft.py
         python 07_draft.py --methods draft-1 draft-1+stitchvm --grid even --gflop 4000
         accelerate launch 07_draft.py --preset paper --train-prompts FILE --eval-prompts FILE
@@ -177,12 +176,13 @@ def step_functions(backbone, rewards, values, condition, texts, checkpointing=Fa
         backbone.transformer.enable_adapters()
         return u
 
-    def score(z, sigma):
-        if values:
-            return joint_value(values, z, sigma, texts)[0]
+    def value(z, sigma):
+        return joint_value(values, z, sigma, texts)[0]
+
+    def decoded(z, _):
         return clean_reward(rewards, texts, backbone.decode(z))
 
-    return velocity, base, score
+    return velocity, base, value if values else decoded
 
 
 def own_prefixes(values):
@@ -214,8 +214,7 @@ def save_lora(backbone, folder, name):
 
     pipeline = getattr(diffusers, backbone.index["_class_name"])
     layers = get_peft_model_state_dict(backbone.transformer, adapter_name=name)
-    # trap: without this alpha is read as the rank
-    about = backbone.transformer.peft_config[name].to_dict()
+    about = backbone.transformer.peft_config[name].to_dict()  # trap: else alpha is read as the rank
     data = dict(transformer_lora_layers=layers, transformer_lora_adapter_metadata=about)
     with replacing(Path(folder, "pytorch_lora_weights.safetensors")) as temporary:
         pipeline.save_lora_weights(folder, weight_name=temporary.name, **data)
@@ -306,8 +305,7 @@ def load(args, methods, accelerator):
     with accelerator.main_process_first():  # the others read its file
         run.condition = backbone.prompts(pool + run.prompts, args.out)
     run.rewards = [Reward(name, args.preset, args.device, dtype) for name in names]
-    texts = [reward.text(pool) for reward in run.rewards]
-    run.texts = [t if t is None else t.cpu() for t in texts]
+    run.texts = [t if t is None else t.cpu() for t in (r.text(pool) for r in run.rewards)]
     run.values, artifacts = load_values(files, backbone, run.rewards[: len(files)], args.resolution)
     own_prefixes(run.values)
     if args.checkpointing:
@@ -369,14 +367,13 @@ def gradient(run, args, method, update):
 def measure(run, args):
     """{scorer: (N,)} and uint8 images (N, 3, H, W) of the averaged LoRA on the held-out prompts."""
     run.backbone.transformer.set_adapter("average")
-    n = len(run.prompts)
-    draws = [generator(args.seed, "evaluate", k) for k in range(n)]
+    draws = [generator(args.seed, "evaluate", k) for k in range(len(run.prompts))]
     noise = torch.stack([torch.randn(run.shape, generator=draw) for draw in draws])
     share = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
     condition = [v[run.pool :][share] for v in run.condition]
     grid = run.backbone.grid(args.eval_steps, args.resolution)
     part = evaluate(run.backbone, condition, noise[share], grid, args.batch)
-    images = part.new_zeros(n, *part.shape[1:])
+    images = part.new_zeros(len(run.prompts), *part.shape[1:])
     images[share] = part
     images = run.accelerator.reduce(images, "sum").cpu()
     run.backbone.transformer.set_adapter("default")
@@ -456,8 +453,7 @@ def train(method, run, args):
 
 
 def ended(state, args):
-    limits = args.updates or math.inf, args.gflop or math.inf
-    return state["update"] >= limits[0] or state["gflop"] >= limits[1]
+    return any(n and state[k] >= n for k, n in (("update", args.updates), ("gflop", args.gflop)))
 
 
 def main(args):

@@ -9,9 +9,8 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.3, App. D.3, E.5, Eqs. (65)-(77), Fig
         nft+stitchvm  a group stops at one tau, after --stop steps; V(z_tau) takes the place of r,
                       z_tau that of z_0: z_t = a z_tau + s eps, u = a' z_tau + s' eps    (72)-(77)
 Reads   value.pt (03) of each reward; prompts to train on, held-out prompts to report on
-Writes  out/08_nft.json, out/08_curves.png, out/08_grid.png; out/<method>/: the averaged LoRA,
-        for diffusers (pytorch_lora_weights.safetensors) and for peft (adapter_*), and
-        08_nft.train, where --resume goes on
+Writes  out/08_nft.json, 08_curves.png, 08_grid.png; in out/<method>/ the averaged LoRA, for
+        diffusers and (adapter_*) for peft, and 08_nft.train, where --resume goes on
 Run     python 08_nft.py
         python 08_nft.py --methods nft+stitchvm --stop 2 12 --out runs/early --value FILE
         accelerate launch 08_nft.py --preset paper --train-prompts FILE --eval-prompts FILE
@@ -263,8 +262,7 @@ def save_lora(backbone, folder, name):
 
     pipeline = getattr(diffusers, backbone.index["_class_name"])
     layers = get_peft_model_state_dict(backbone.transformer, adapter_name=name)
-    # trap: without this alpha is read as the rank
-    about = backbone.transformer.peft_config[name].to_dict()
+    about = backbone.transformer.peft_config[name].to_dict()  # trap: else alpha is read as the rank
     data = dict(transformer_lora_layers=layers, transformer_lora_adapter_metadata=about)
     with replacing(Path(folder, "pytorch_lora_weights.safetensors")) as temporary:
         pipeline.save_lora_weights(folder, weight_name=temporary.name, **data)
@@ -326,14 +324,12 @@ def load(args, accelerator):
     backbone = Backbone(args.backbone, args.preset, args.device, dtype, args.compile)
     if args.shift is not None:
         backbone.set_shift(args.shift)
-    given = dict(accelerator=accelerator, backbone=backbone, device=backbone.device)
-    run = SimpleNamespace(**given, pool=len(pool), held_out=held_out)
-    run.prompts = [r["prompt"] for r in held_out]
+    given = dict(accelerator=accelerator, backbone=backbone, device=backbone.device, pool=len(pool))
+    run = SimpleNamespace(**given, held_out=held_out, prompts=[r["prompt"] for r in held_out])
     with accelerator.main_process_first():  # the others read its file
         run.condition = backbone.prompts(pool + run.prompts, args.out)
     run.rewards = [Reward(name, args.preset, args.device, dtype) for name in names]
-    texts = [reward.text(pool) for reward in run.rewards]
-    run.texts = [t if t is None else t.cpu() for t in texts]
+    run.texts = [t if t is None else t.cpu() for t in (r.text(pool) for r in run.rewards)]
     run.values, artifacts = load_values(files, backbone, run.rewards[: len(files)], args.resolution)
     own_prefixes(run.values)
     torch.manual_seed(args.seed)
@@ -437,13 +433,12 @@ def train_on(run, args, update, images, rho, kl):
 def measure(run, args):
     """{scorer: (N,)} and uint8 images (N, 3, H, W) of the averaged LoRA on the held-out prompts."""
     run.backbone.transformer.set_adapter("average")
-    n = len(run.prompts)
-    noise = noises(run, *((args.seed, "evaluate", k) for k in range(n)))
+    noise = noises(run, *((args.seed, "evaluate", k) for k in range(len(run.prompts))))
     share = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
     condition = [v[run.pool :][share] for v in run.condition]
     grid = run.backbone.grid(args.eval_steps, args.resolution)
     part = evaluate(run.backbone, condition, noise[share], grid, args.batch)
-    images = part.new_zeros(n, *part.shape[1:])
+    images = part.new_zeros(len(run.prompts), *part.shape[1:])
     images[share] = part
     images = run.accelerator.reduce(images, "sum").cpu()
     given = args.preset, run.device, images, run.prompts
@@ -482,8 +477,7 @@ def train(method, run, args):
     for name in POLICIES:
         torch._foreach_copy_([p.data for p in run.lora[name]], state["lora"][name])
     state["lora"] = {name: [p.detach() for p in run.lora[name]] for name in POLICIES}  # views
-    trained, old, average = (run.lora[name] for name in POLICIES)
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(run.lora["default"], lr=args.lr, weight_decay=args.weight_decay)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     else:
@@ -494,22 +488,21 @@ def train(method, run, args):
         optimizer.zero_grad()
         stops, r, images = sample_groups(run, args, method, state["update"])
         sums = train_on(run, args, state["update"], images, optimality(r, args.adv_clip), kl)
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(run.lora["default"], args.clip)
         state["seconds"] += now(run.device) - began
         optimizer.step()
-        inside = r.var(1, correction=0).mean().sqrt()
-        largest = torch.nn.utils.get_total_norm(trained, math.inf)
-        numbers = [*sums, norm, r.mean(), r.std(correction=0), inside, largest]
-        *numbers, largest = torch.stack(numbers).tolist()
+        numbers = [*sums, norm, r.mean(), r.std(correction=0), r.var(1, correction=0).mean().sqrt()]
+        largest = torch.nn.utils.get_total_norm(run.lora["default"], math.inf)
+        *numbers, largest = torch.stack([*numbers, largest]).tolist()
         state["update"] += 1
         if not (math.isfinite(sum(numbers)) and largest < 100):  # a LoRA's are of order 1
             good = path if path.exists() else "the base model"
             why = f"update {state['update']} of {method} gave NaN, inf or weights above 100"
             fail(f"{why}; the last good state is {good}: try a lower --lr with --restart")
         eta = old_decay(state["update"], args.decay) if args.eta is None else args.eta
-        get_ema_multi_avg_fn(eta)(old, trained, None)  # (71)
+        get_ema_multi_avg_fn(eta)(run.lora["old"], run.lora["default"], None)  # (71)
         decay = min(args.ema, (1 + state["update"]) / (10 + state["update"]))
-        get_ema_multi_avg_fn(decay)(average, trained, None)
+        get_ema_multi_avg_fn(decay)(run.lora["average"], run.lora["default"], None)
         levels = int(stops.clamp(max=args.train_times).sum())
         work = run.costs["velocity"] * int(stops.sum()) + run.costs["train"] * levels
         work += args.prompts * run.costs["value" if by_value else "reward"]
@@ -527,8 +520,7 @@ def train(method, run, args):
 
 
 def ended(state, args):
-    limits = args.updates or math.inf, args.gflop or math.inf
-    return state["update"] >= limits[0] or state["gflop"] >= limits[1]
+    return any(n and state[k] >= n for k, n in (("update", args.updates), ("gflop", args.gflop)))
 
 
 def main(args):

@@ -275,7 +275,10 @@ def steps_of_the_ladder(preset):
             continue
         row = name.split()[1:]
         for stage, method in own.items():
-            cases = next(c for script, c in found.items() if script.startswith(stage))
+            cases = next((c for script, c in found.items() if script.startswith(stage)), None)
+            if cases is None:  # not counted yet
+                row.append("")
+                continue
             cases = {k: v for k, v in cases.items() if "i = 12" not in k}
             # the last one: of 05 and 06 the one that shares the prefix, where there is one
             hours = [v[1] for k, v in cases.items() if k.startswith(method)][-1]
