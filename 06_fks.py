@@ -69,6 +69,7 @@ from common import (
 
 # flags that --resume may change
 FREE = ("out", "device", "value", "scorers", "save_images", "resume", "restart", "compile")
+FREE += ("offload",)
 METHODS = ("flow", "bon", "prune", "fks", "fks+stitchvm")
 MINI = dict(resolution=64, batch=64, prompts="tests/mini/data/drawbench.txt", limit=40)
 MINI |= dict(adaptive=0.5, resampling="systematic", potential_value=["tweedie", "stitchvm"])
@@ -109,6 +110,7 @@ def parse_args(argv=None):
     add("--batch", type=COUNT, help="latents at a time")
     add("--save-images", action="store_true", help="write the reported images")
     add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
+    add("--offload", action="store_true", help="blocks stay on the CPU and visit the card")
     add("--resume", action="store_true", help="go on from <out>/06_fks.parts")
     add("--restart", action="store_true", help="drop what an unfinished run left there")
     return parse_stage(p, PRESETS, argv)
@@ -291,6 +293,7 @@ class Models:
         files = value_files(args, names) if {"prune", "fks+stitchvm"} & {*args.methods} else []
         which = args.preset, args.device, getattr(torch, args.dtype)
         self.backbone = Backbone(args.backbone, *which, args.compile)
+        self.backbone.offloads = args.offload
         complete(args, self.backbone)
         self.embedded = self.backbone.prompts(texts, cache=args.out)  # before the rest is loaded
         self.null = [v.to(args.device) for v in self.backbone.prompts([""], cache=args.out)]
@@ -479,10 +482,8 @@ def perform(models, args, run, lam, seed, n):
 
 
 def reward_spread(models, args, texts):
-    """The reward's standard deviation among plain samples of one prompt, of the first eight.
-
-    It is measured once and stays in <out>/06_spread.json; what cannot be read is measured again.
-    """
+    """The reward's standard deviation among plain samples of one prompt, of the first eight; kept
+    in <out>/06_spread.json, and measured again if that cannot be read."""
     keys = ("preset", "backbone", "reward", "resolution", "steps", "cfg", "seed", "spread_samples")
     about = {k: getattr(args, k) for k in keys} | dict(prompts=texts[:8])
     path = Path(args.out, "06_spread.json")
@@ -500,10 +501,8 @@ def reward_spread(models, args, texts):
 
 
 def add_scores(rows, images, rewards, models, args, texts):
-    """Into each row the scores of its images, uint8 (n, R, 3, H, W), and its rewards (n,).
-
-    Where the reward is not finite all samples failed, and what is shown instead has no score.
-    """
+    """Into each row the scores of its images, uint8 (n, R, 3, H, W), and its rewards (n,), but of
+    prompts whose samples all failed: their reward is not finite."""
     each = [text for x in images for text in texts for _ in x[0]]
     flat = [x.flatten(0, 1) for x in images]
     given = models.rewards, args.preset, args.device, torch.cat(flat), each

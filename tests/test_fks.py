@@ -1039,9 +1039,10 @@ def test_the_generator_is_gone_before_scorers_are_loaded(out, monkeypatch):
 
 
 def test_the_flags_reach_the_models(out):
-    """--compile, and the dtype of the towers as of the denoiser."""
-    args = fks.parse_args(["--out", str(out), "--compile", "--dtype", "bfloat16"])
+    """--compile, --offload, and the dtype of the towers as of the denoiser."""
+    args = fks.parse_args(["--out", str(out), "--compile", "--offload", "--dtype", "bfloat16"])
     models = fks.Models(args, ["a red circle on white"])
+    assert models.backbone.offloads
     assert models.backbone.compiles and models.backbone.dtype == models.rewards[0].dtype
     assert models.spec["prune_at"] == [0.36] and not set(models.spec) & set(fks.FREE)
 
