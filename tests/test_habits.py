@@ -15,6 +15,7 @@ from PIL import Image
 import common
 
 ROOT = Path(__file__).resolve().parents[1]
+claim = common.claim  # before a fixture takes it away
 BLACK = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
 
 
@@ -69,10 +70,10 @@ def test_a_second_run_in_a_folder_is_told_of_the_first(tmp_path):
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     first = subprocess.Popen([sys.executable, "-c", code, "05_dps.py"], **pipes)
     assert first.stdout.readline() == "runs\n"
-    assert "05_dps.py is running in" in refusal(common.claim, tmp_path, "05_dps.py")
-    common.claim(tmp_path, "06_fks.py")
+    assert "05_dps.py is running in" in refusal(claim, tmp_path, "05_dps.py")
+    claim(tmp_path, "06_fks.py")
     first.communicate("")
-    common.claim(tmp_path, "05_dps.py")
+    claim(tmp_path, "05_dps.py")
 
 
 def test_temporary_files_of_two_processes_differ(tmp_path, monkeypatch):

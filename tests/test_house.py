@@ -101,7 +101,7 @@ def stage_and_flags(request, monkeypatch):
     stage = importlib.import_module(request.param)
     parsers = []
 
-    def parse(parser, presets, argv=None):
+    def parse(parser, presets, argv=None, writes="out"):
         parsers.append(parser)
         return parser.parse_args([])
 

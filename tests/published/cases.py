@@ -218,8 +218,9 @@ def guided_steps(args, stage, models, i):
         if kind == "tweedie":  # its work and memory are measured first
             times[Step("costs of tweedie", partial(stage.costs, run, [kind]))] = 0
         yield Case(name, "step", args.steps * DRAWBENCH, times)
-    decode = Step("decode", partial(backbone.decode, z))
-    yield Case("decode", "image", DRAWBENCH, {decode: 1 / B})
+    if i == CUTS[0]:
+        decode = Step("decode", partial(backbone.decode, z))
+        yield Case("decode", "image", DRAWBENCH, {decode: 1 / B})
 
 
 # ---------------------------------------------------------------------------- 06
