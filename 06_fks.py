@@ -216,8 +216,8 @@ def select(r, books, u, report="best"):
 def prune(z, grid, denoise, noise, value, levels):
     """z_0 and books of those left of N particles z (P, N, C, h, w): (P, n, ...), by falling V.
 
-    Where sigma comes down to one of `levels` the half of lower V is dropped, which a V that is not
-    finite is; one particle stays. The arguments are those of steer(), the last but for `levels`.
+    Where sigma comes down to one of `levels` the half of lower V is dropped, what is not finite
+    first; the last particle stays. The arguments but `levels` are those of steer().
     """
     books = new_books(z)
     prompts = torch.arange(len(z), device=z.device)[:, None]
