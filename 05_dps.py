@@ -66,7 +66,17 @@ from common import (
 )
 
 # flags that --resume may change
-FREE = ("out", "device", "value", "scorers", "save_images", "resume", "restart", "compile")
+FREE = (
+    "out",
+    "device",
+    "value",
+    "scorers",
+    "save_images",
+    "resume",
+    "restart",
+    "compile",
+    "offload",
+)
 METHODS = ("flow", "tweedie", "stitchvm", "stitchvm+tweedie")
 NU = {"sde": lambda t: 3 * t * t, "ode": lambda t: 0.0}
 MINI = dict(prompts="tests/mini/data/drawbench.txt", limit=32, resolution=64, steps=40, batch=16)
@@ -100,6 +110,7 @@ def parse_args(argv=None):
     switch = argparse.BooleanOptionalAction
     add("--checkpointing", action=switch, default=False, help="of tweedie: less memory, more work")
     add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
+    add("--offload", action="store_true", help="blocks stay on the CPU and visit: a small card")
     add("--resume", action="store_true", help="go on from <out>/05_dps.parts")
     add("--restart", action="store_true", help="drop what an unfinished run left there")
     return parse_stage(p, PRESETS, argv)
@@ -192,7 +203,8 @@ def load(args):
     names = args.reward.split("+")
     files = value_files(args, names) if any("stitchvm" in m for m in args.methods) else []
     dtype = getattr(torch, args.dtype)
-    backbone = Backbone(args.backbone, args.preset, args.device, dtype, args.compile)
+    which = args.backbone, args.preset, args.device, dtype, args.compile, args.offload
+    backbone = Backbone(*which)
     run = SimpleNamespace(backbone=backbone, device=backbone.device, rows=rows)
     run.prompts = [row["prompt"] for row in rows]
     embedded = backbone.prompts(["", *run.prompts], args.out)

@@ -292,8 +292,7 @@ class Models:
         names = args.reward.split("+")
         files = value_files(args, names) if {"prune", "fks+stitchvm"} & {*args.methods} else []
         which = args.preset, args.device, getattr(torch, args.dtype)
-        self.backbone = Backbone(args.backbone, *which, args.compile)
-        self.backbone.offloads = args.offload
+        self.backbone = Backbone(args.backbone, *which, args.compile, args.offload)
         complete(args, self.backbone)
         self.embedded = self.backbone.prompts(texts, cache=args.out)  # before the rest is loaded
         self.null = [v.to(args.device) for v in self.backbone.prompts([""], cache=args.out)]

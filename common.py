@@ -251,6 +251,29 @@ def velocity(
     return un + cfg * (uc - un)
 
 
+class Visitor(nn.Module):
+    """A block that stays on the CPU: a copy of its weights is on the device while it is called.
+
+    A gradient keeps the copies that it has to pass, unless the call is checkpointed.
+    """
+
+    def __init__(self, block, device):
+        super().__init__()
+        self.block = block
+        self.device = device
+        if device.type == "cuda":  # trap: a copy of other memory is slow, and waits
+            for p in block.parameters():
+                p.data = p.data.pin_memory()
+
+    def _apply(self, *args):
+        return self  # the .to(device) of the model around it
+
+    def forward(self, **given):
+        weights = self.block.state_dict()
+        weights = {k: v.to(self.device, non_blocking=True) for k, v in weights.items()}
+        return torch.func.functional_call(self.block, weights, (), given)
+
+
 class Unavailable(SystemExit):
     """Files that are not on this machine and cannot be fetched, in one sentence."""
 
@@ -306,10 +329,12 @@ def explain(source, error):
 class Backbone:
     """A diffusion transformer, its VAE (float32) and scheduler, frozen, each loaded when used.
 
-    compiles: torch.compile of every block, in place.
+    compiles: torch.compile of every block, in place. offloads: blocks stay on the CPU.
     """
 
-    def __init__(self, name, preset="mini", device="cpu", dtype=torch.float32, compiles=False):
+    def __init__(
+        self, name, preset="mini", device="cpu", dtype=torch.float32, compiles=False, offloads=False
+    ):
         import diffusers
 
         diffusers.utils.logging.disable_progress_bar()
@@ -317,6 +342,7 @@ class Backbone:
         self.device = torch.device(device)
         self.dtype = dtype
         self.compiles = compiles
+        self.offloads = offloads
         self.source = str(model_folder(name, preset) or HUB.get(name, name))
         with needs(self.source):
             if not Path(self.source).is_dir():  # trap: diffusers would hide the hub's reason
@@ -359,6 +385,10 @@ class Backbone:
             torch._dynamo.config.recompile_limit = 64  # of all blocks together: they are one code
             for block in dit_blocks(transformer):
                 block.compile()
+        for name in ("transformer_blocks", "single_transformer_blocks") if self.offloads else ():
+            if blocks := getattr(transformer, name, None):
+                blocks = [Visitor(block, self.device) for block in blocks]
+                setattr(transformer, name, nn.ModuleList(blocks))
         return transformer.to(self.device)
 
     @cached_property
@@ -1020,7 +1050,9 @@ def load_values(files, backbone, rewards, resolution=None):
         if name == backbone.name:
             cut[name] = backbone.transformer
         else:
-            cut[name] = Backbone(name, preset, backbone.device, backbone.dtype).prefix(i)
+            other = Backbone(name, preset, backbone.device, backbone.dtype)
+            other.offloads = backbone.offloads
+            cut[name] = other.prefix(i)
     values = []
     for file, reward, artifact in zip(files, rewards, artifacts, strict=True):
         spec = artifact["spec"]

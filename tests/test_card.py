@@ -231,3 +231,46 @@ def test_compiled_blocks_give_equal_velocities():
         assert compiled == [compiles] * 2
     for plain, fast in zip(*results, strict=True):
         assert_close(fast, plain, atol=1e-5 * float(plain.abs().max()), rtol=0)
+
+
+# ---------------------------------------------------------------------------- blocks on the CPU
+@pytest.mark.parametrize("name", ["sd3.5-medium", "flux"])
+def test_blocks_that_visit_give_equal_states(name):
+    """After every block, and the gradient through all, to the bit; with checkpointing as well."""
+    results = []
+    for offloads in (False, True):
+        backbone = common.Backbone(name, offloads=offloads)
+        null = backbone.prompts([""])
+        transformer = backbone.transformer
+        z = torch.randn(2, *backbone.latent_shape(64), generator=common.generator("visit"))
+        z.requires_grad_()
+        given = z, torch.tensor([0.3, 0.6]), *[v.expand(2, *v.shape[1:]) for v in null]
+        state = common.begin(transformer, *given)
+        found = []
+        for i in range(1, len(common.dit_blocks(transformer)) + 1):
+            state = common.run_blocks(transformer, state, i)
+            found.append(state["h"])
+        common.end(transformer, state).sum().backward()
+        found.append(z.grad.clone())
+        u = backbone.velocity(z, given[1], null, checkpointing=True)
+        u.sum().backward()
+        results.append([*found, u, z.grad])
+        assert common.fingerprint(common.dit_blocks(transformer)[0])  # the weights can be seen
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_visit_the_device_and_stay_on_the_cpu(checkpointing):
+    """On a device without data, which refuses tensors of the CPU: forward and backward."""
+    null = common.Backbone("sd3.5-medium").prompts([""])
+    backbone = common.Backbone("sd3.5-medium", device="meta", offloads=True)
+    blocks = common.dit_blocks(backbone.transformer)
+    inside = {p for block in blocks for p in block.parameters()}
+    others = set(backbone.transformer.parameters()) - inside
+    z = torch.randn(2, 16, 8, 8, device="meta", requires_grad=True)
+    given = z, torch.rand(2, device="meta"), [v.to("meta") for v in null]
+    backbone.velocity(*given, checkpointing=checkpointing).sum().backward()
+    assert z.grad.device.type == "meta"
+    assert {p.device.type for p in inside} == {"cpu"} and {p.device.type for p in others} == {
+        "meta"
+    }

@@ -1,5 +1,5 @@
 """A rehearsal of the published models: all stages at --preset 24gb's flags on pipelines with every
-published part, a tenth as wide, random weights, in the hub's folders; towers as deep."""
+published part, a tenth as wide, random weights, in the hub's folders; towers as deep; bfloat16."""
 
 import importlib
 import json
@@ -20,9 +20,10 @@ import common
 STAGES = sorted(p.stem for p in common.ROOT.glob("0[0-9]_*.py"))
 PROMPTS = ["a small red circle", "two blue stars", "a green square", "a large yellow circle"]
 # a tenth of the width; of the blocks a quarter
-TEXT = dict(joint_attention_dim=416, caption_projection_dim=192)
-SD3 = sizes.SD3 | sizes.MEDIUM | TEXT | dict(attention_head_dim=8, pooled_projection_dim=208)
-SD3 |= dict(num_layers=6, dual_attention_layers=(0, 1, 2))
+SD3 = sizes.SD3 | dict(attention_head_dim=8, joint_attention_dim=416, pooled_projection_dim=208)
+MEDIUM = SD3 | sizes.MEDIUM | dict(caption_projection_dim=192)
+MEDIUM |= dict(num_layers=6, dual_attention_layers=(0, 1, 2))
+LARGE = SD3 | sizes.LARGE | dict(caption_projection_dim=304, num_layers=9)
 FLUX = sizes.FLUX | dict(attention_head_dim=12, axes_dims_rope=(2, 4, 6), num_attention_heads=12)
 FLUX |= dict(num_layers=3, num_single_layers=4)
 FLUX |= dict(joint_attention_dim=416, pooled_projection_dim=80)
@@ -52,15 +53,15 @@ def tokenizers(length):
     return clip, long
 
 
-def save_sd3(folder):
-    """SD 3.5 Medium: three text encoders, dual attention, QK norm, 16 channels, shift 3."""
+def save_sd3(folder, config, vae):
+    """SD 3.5: three text encoders, QK norm, 16 channels, shift 3; of Medium dual attention."""
     clip, long = tokenizers(256)
     kind = transformers.CLIPTextModelWithProjection
     parts = dict(text_encoder=clip_text(kind, 80, 10, 3), tokenizer=clip)
     parts |= dict(text_encoder_2=clip_text(kind, 128, 16, 4), tokenizer_2=clip)
     parts |= dict(text_encoder_3=t5(), tokenizer_3=long)
-    parts |= dict(transformer=diffusers.SD3Transformer2DModel(**SD3 | dict(sample_size=8)))
-    parts |= dict(vae=diffusers.AutoencoderKL(**VAE))
+    parts |= dict(transformer=diffusers.SD3Transformer2DModel(**config | dict(sample_size=8)))
+    parts |= dict(vae=vae)
     parts |= dict(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     diffusers.StableDiffusion3Pipeline(**parts).save_pretrained(folder)
 
@@ -93,7 +94,9 @@ def world(tmp_path_factory):
     """Models, images, prompts and a benchmark in one folder, the working directory."""
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    save_sd3(root / "medium")
+    vae = diffusers.AutoencoderKL(**VAE)
+    save_sd3(root / "medium", MEDIUM, vae)
+    save_sd3(root / "large", LARGE, vae)
     save_flux(root / "dev")
     save_reward(root / "vit-l", 24)
     save_reward(root / "aesthetics", 24, aesthetic=True)
@@ -136,7 +139,7 @@ SMALL = {
 def run(number, backbone, reward, *more):
     name = next(s for s in STAGES if s.startswith(number))
     stage = importlib.import_module(name)
-    flags = ["--preset", "24gb", "--device", "cpu", "--resolution", "64"]
+    flags = ["--preset", "24gb", "--device", "cpu", "--dtype", "bfloat16", "--resolution", "64"]
     flags += ["--backbone", f"./{backbone}", "--reward", f"./{reward}", "--out", f"{backbone}-out"]
     flags += ["--scorers", f"./{reward}"] if number >= "05" else []  # those of the hub are far away
     stage.main(stage.parse_args([*flags, *SMALL[number].split(), *more]))
@@ -164,7 +167,7 @@ def check(rows):
 
 
 def test_sd3_and_clip(world):
-    """Texts of 77 + 256 tokens; LoRAs of `attn` alone; the value reads and guides."""
+    """Texts of 77 + 256 tokens; LoRAs of `attn` alone; the value reads and guides, Large as well."""
     check(rehearse("medium", "vit-l", "bench.jsonl"))
     text, pooled = common.Backbone("./medium", "24gb").prompts(PROMPTS[:1])
     assert text.shape == (1, 333, 416) and pooled.shape == (1, 208)
@@ -174,6 +177,9 @@ def test_sd3_and_clip(world):
     z = torch.randn(1, 16, 8, 8, requires_grad=True)
     value(z, 0.5, PROMPTS[0]).sum().backward()
     assert z.grad.isfinite().all() and z.grad.abs().max() > 0
+    flags = "--value", "medium-out/value.pt", "--methods", "fks+stitchvm"
+    rows = run("06", "large", "vit-l", *flags)
+    assert rows[0]["killed"] == 0 and rows[0]["gflop_per_prompt"] > 0
 
 
 def test_flux_and_aesthetic(world):
