@@ -250,8 +250,6 @@ def measure(rows, scores, first_text, norms=1.0):
         marks = votes @ torch.arange(1, 11).double() / votes.sum(1)
         varies = scores.max() > scores.min()
         return {"srcc": float(spearmanr(scores, marks).statistic) if varies else None}
-    # trap: a mean's norm says how sure it is, and would rank the images of a text
-    scores = scores / norms
     if "rank" in rows[0]:
         v = scores[torch.arange(n), first_text[:n]]
         ranks, group = torch.tensor([[row["rank"], row["group"]] for row in rows[:n]]).T
@@ -262,7 +260,8 @@ def measure(rows, scores, first_text, norms=1.0):
         found |= {"imagereward_accuracy": pairs, "imagereward_accuracy_by_prompt": by_prompt}
     else:
         image_of = torch.tensor([k for k, row in enumerate(rows) for _ in row["texts"]])
-        i2t, t2i = recall_at_1(scores, image_of)
+        # trap: a mean's norm says how sure it is, and would rank the images of a text
+        i2t, t2i = recall_at_1(scores / norms, image_of)
         found = {"recall@1_i2t": i2t}
         if n == len(rows):  # a few images are no gallery to find a text's image in
             found["recall@1_t2i"] = t2i

@@ -468,19 +468,6 @@ def test_a_texts_image_is_found_among_unit_embeddings():
     assert evaluate.measure(rows, e @ text.T, None, norms)["recall@1_t2i"][1, 0] == 1
 
 
-def test_a_texts_images_are_ranked_by_unit_embeddings():
-    """The better image is the one of which V is less sure; marks of votes are of no text."""
-    e = torch.tensor([[0.5, 0.0], [0.6, 0.8]])
-    scores, norms = e @ torch.tensor([[1.0], [0.0]]), e.norm(dim=1, keepdim=True)
-    rows, first_text = ranked([[1, 2]]), torch.tensor([0, 0])
-    for given, right in (((), 0), ((norms,), 1)):
-        found = evaluate.measure(rows, scores, first_text, *given)
-        assert {float(v[0, 0]) for v in found.values()} == {right}
-    rows, marks = voted([1, 2, 3]), torch.tensor([1.0, 2, 3])
-    short = torch.tensor([[0.1], [1], [9]])
-    assert evaluate.measure(rows, marks, None, short)["srcc"] == pytest.approx(1)
-
-
 # ---------------------------------------------------------------------------- a short run
 COCO = ["--benchmarks", "tests/mini/data/coco.jsonl"]
 FAST = dict(limit=6, draws=1, mc_images=2, rollouts=2, rollout_steps=3)
