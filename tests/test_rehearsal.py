@@ -167,7 +167,7 @@ def check(rows):
 
 
 def test_sd3_and_clip(world):
-    """Texts of 77 + 256 tokens; LoRAs of `attn` alone; the value reads and guides, Large as well."""
+    """Texts of 77 + 256 tokens; LoRAs of `attn` alone; the value guides, Large as well."""
     check(rehearse("medium", "vit-l", "bench.jsonl"))
     text, pooled = common.Backbone("./medium", "24gb").prompts(PROMPTS[:1])
     assert text.shape == (1, 333, 416) and pooled.shape == (1, 208)
