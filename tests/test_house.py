@@ -23,7 +23,7 @@ HEAVY = {"diffusers", "open_clip", "transformers", "matplotlib", "peft", "accele
 BEGIN = "# ---- ALGORITHM: copy from here ----"
 END = "# ---- to here ----"
 # lines after ruff format; the commit that set one says which lines a reader would miss below it
-LINES = (288, 137, 329, 445, 355, 575, 490, 570)
+LINES = (288, 137, 329, 445, 361, 575, 495, 575)
 BUDGET = dict(zip(STAGES, LINES, strict=True)) | {"common": 1620}
 PYTHON = sorted(p for p in ROOT.rglob("*.py") if not {".venv", "runs"} & set(p.parts))
 
