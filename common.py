@@ -1281,14 +1281,15 @@ def keep_or_drop(path, args):
     if not path.exists() or args.resume:
         return
     if not args.restart:
-        fail(f"{path} is of an unfinished run: go on with --resume, or drop it with --restart")
+        fail(f"{path} is of an earlier run: go on with --resume, or drop it with --restart")
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def load_artifact(path, expect, maker):
     """Read an artefact; one whose spec is not as expected stops the run with a table of both."""
     out = Path(path).parent
-    out = out.parent if out.suffix == ".parts" else out
+    if out.suffix == ".parts" or maker[:2] in ("07", "08"):
+        out = out.parent  # what a run keeps lies one folder deeper
     flags = [f"--{k} {shlex.quote(str(expect[k]))}" for k in ("backbone", "reward") if k in expect]
     remake = " ".join(["python", maker, "--out", shlex.quote(str(out)), *flags])
     if not Path(path).exists():

@@ -49,6 +49,8 @@ VARIANTS = {
 def run(script, *flags):
     """Run a script with these flags in one thread; its standard output."""
     command = [sys.executable, script, *map(str, flags)]
+    if script[:2] in ("03", "04", "05", "06", "07", "08") and "--dry-run" not in flags:
+        command.append("--restart")  # what a study left that was cut off is of no use
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     result = "done" if done.returncode == 0 else done.stderr[-2000:]
@@ -85,7 +87,7 @@ def selection(jobs):
     def train(name):
         value = out / f"{name.replace(' ', '_')}.pt"
         folder = out / value.stem
-        run("03_finetune.py", "--restart", "--out", out, *SHORT, *VARIANTS[name], "--value", value)
+        run("03_finetune.py", "--out", out, *SHORT, *VARIANTS[name], "--value", value)
         flags = ("--value", value, "--methods", "stitchvm", "--benchmarks", f"{TUNE}/coco.jsonl")
         folder.mkdir(exist_ok=True)
         run("04_eval_noisy.py", "--out", folder, *flags)
@@ -106,9 +108,9 @@ def table(jobs, backbones, rewards):
         is_main = backbone == "sd3.5-medium"
         flags = ("--backbone", backbone, "--reward", reward)
         for script in ("01_cache_features.py", "02_fit_stitch.py", "03_finetune.py"):
-            run(script, *flags, *["--restart"] * script.startswith("03"))
+            run(script, *flags)
         if backbone != "sd3.5-large":  # its VAE is Medium's, and so is its VAE stitch
-            run("03_finetune.py", *flags, "--front", "vae", "--restart")
+            run("03_finetune.py", *flags, "--front", "vae")
         if is_main and reward != "aesthetic":
             run("tests/studies/noisyclip.py", *flags)
         run(
