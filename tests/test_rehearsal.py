@@ -22,10 +22,10 @@ PROMPTS = ["a small red circle", "two blue stars", "a green square", "a large ye
 # a tenth of the width; of the blocks a quarter
 SD3 = sizes.SD3 | dict(attention_head_dim=8, joint_attention_dim=416, pooled_projection_dim=208)
 MEDIUM = SD3 | sizes.MEDIUM | dict(caption_projection_dim=192)
-MEDIUM |= dict(num_layers=6, dual_attention_layers=(0, 1, 2))
-LARGE = SD3 | sizes.LARGE | dict(caption_projection_dim=304, num_layers=9)
+MEDIUM |= dict(num_layers=5, dual_attention_layers=(0, 1, 2))
+LARGE = SD3 | sizes.LARGE | dict(caption_projection_dim=304, num_layers=4)
 FLUX = sizes.FLUX | dict(attention_head_dim=12, axes_dims_rope=(2, 4, 6), num_attention_heads=12)
-FLUX |= dict(num_layers=3, num_single_layers=4)
+FLUX |= dict(num_layers=3, num_single_layers=2)
 FLUX |= dict(joint_attention_dim=416, pooled_projection_dim=80)
 VAE = sizes.VAE | dict(block_out_channels=(16, 32, 64, 64), norm_num_groups=8, sample_size=64)
 
@@ -127,7 +127,7 @@ SMALL = {
     "02": "",
     "03": "--steps 2 --batch 4 --micro-batch 2 --workers 0",
     "04": "--batch 2 --mc-images 1 --rollouts 2 --rollout-steps 2 --draws 1",
-    "05": "--prompts test.txt --steps 3 --strengths-tweedie 1 --strengths-stitchvm 50",
+    "05": "--prompts test.txt --steps 2 --strengths-tweedie 1 --strengths-stitchvm 50",
     "06": "--prompts test.txt --steps 4 --n 2 --spread-samples 2 --batch 4",
     "07": "--updates 1 --accumulate 2 --methods draft-1 draft-1+stitchvm --steps 4 "
     "--stop 2 3 --eval-steps 2 --train-prompts train.txt --eval-prompts test.txt",
@@ -147,12 +147,14 @@ def run(number, backbone, reward, *more):
     return json.loads(table.read_text())["rows"] if table.exists() else []
 
 
-def rehearse(backbone, reward, bench):
-    """{stage: rows} of all stages in order."""
+def rehearse(backbone, reward, bench, **methods):
+    """{stage: rows} of all stages in order; methods: flags of the finetuning stages."""
     rows = {number: run(number, backbone, reward) for number in ("01", "02", "03")}
     run("03", backbone, reward, "--front", "vae")
     rows["04"] = run("04", backbone, reward, "--benchmarks", bench)
-    return rows | {number: run(number, backbone, reward) for number in ("05", "06", "07", "08")}
+    rows |= {number: run(number, backbone, reward) for number in ("05", "06")}
+    rows["07"] = run("07", backbone, reward, *methods.get("draft", ()))
+    return rows | {"08": run("08", backbone, reward, *methods.get("nft", ()))}
 
 
 def check(rows):
@@ -172,19 +174,20 @@ def test_sd3_and_clip(world):
     text, pooled = common.Backbone("./medium", "24gb").prompts(PROMPTS[:1])
     assert text.shape == (1, 333, 416) and pooled.shape == (1, 208)
     lora = load_file("medium-out/draft-1/pytorch_lora_weights.safetensors")
-    assert len([k for k in lora if "lora_A" in k]) == 8 * 6 - 1  # the last block drops its text
+    assert len([k for k in lora if "lora_A" in k]) == 8 * 5 - 1  # the last block drops its text
     value = common.StitchedValue.load("medium-out/value.pt")
     z = torch.randn(1, 16, 8, 8, requires_grad=True)
     value(z, 0.5, PROMPTS[0]).sum().backward()
     assert z.grad.isfinite().all() and z.grad.abs().max() > 0
-    flags = "--value", "medium-out/value.pt", "--methods", "fks+stitchvm"
+    flags = "--value", "medium-out/value.pt", "--methods", "fks+stitchvm", "--steps", "2"
     rows = run("06", "large", "vit-l", *flags)
     assert rows[0]["killed"] == 0 and rows[0]["gflop_per_prompt"] > 0
 
 
 def test_flux_and_aesthetic(world):
     """Texts of 512 tokens, guidance as an input, levels that shift with the size, votes."""
-    check(rehearse("dev", "aesthetics", "votes.jsonl"))
+    methods = dict(draft=("--methods", "draft-1+stitchvm"), nft=("--methods", "nft+stitchvm"))
+    check(rehearse("dev", "aesthetics", "votes.jsonl", **methods))
     backbone = common.Backbone("./dev", "24gb")
     text, pooled = backbone.prompts(PROMPTS[:1])
     assert text.shape == (1, 512, 416) and pooled.shape == (1, 80) and backbone.cfg == 1
