@@ -336,7 +336,7 @@ def evaluate(name, rows, backbone, reward, methods, roll, args, spec):
     table = table_rows(rows, [score(clean)], first_text, [1.0], about)
     for sigma in SIGMAS:
         at = [part[sigma] for part in parts]
-        estimates = {"constant": [e_rm.mean(0, keepdim=True).expand_as(e_rm)]}
+        estimates = {"constant": [e_rm.mean(0, keepdim=True)]}
         estimates |= {m: torch.cat([a[m] for a in at]).unbind(1) for m in methods}
         halves = None
         if sub:
@@ -346,6 +346,8 @@ def evaluate(name, rows, backbone, reward, methods, roll, args, spec):
                 estimates[f"mc-{k}"] = [samples[:, :k].mean(1)]
         for method, embeddings in estimates.items():
             draws = [score(e) for e in embeddings]
+            if method == "constant":
+                draws = [draws[0].expand_as(r)]  # to the last bit, or rounding ranks its ties
             part = method.startswith("mc-")
             about = dict(method=method, benchmark=name, sigma=sigma)
             about |= errors(draws, r[: len(draws[0])], first_text, halves, part)
