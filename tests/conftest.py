@@ -20,6 +20,20 @@ def unclaimed(monkeypatch):
 
 
 @pytest.fixture
+def other_weights(monkeypatch):
+    """From its call on, transformers that are loaded differ in a weight of their first block."""
+    load = common.Backbone.load
+
+    def loads_other(backbone, part, dtype):
+        model = load(backbone, part, dtype)
+        if part == "transformer":
+            model.transformer_blocks[0].attn.to_q.weight.data.neg_()
+        return model
+
+    return lambda: monkeypatch.setattr(common.Backbone, "load", loads_other)
+
+
+@pytest.fixture
 def one_thread():
     """As in the processes of children.py: other numbers of threads change the last bits of sums."""
     threads = torch.get_num_threads()

@@ -600,7 +600,7 @@ def test_a_run_that_is_cut_off_leaves_the_finished_cache_whole(changed, monkeypa
     assert {s["file"] for s in again["shards"]} == {f"cache/{k}" for k in shards}
 
 
-def test_the_spec_names_images_and_weights(changed, monkeypatch):
+def test_the_spec_names_images_and_weights(changed, other_weights):
     """The same for the same; another for other images, or where a folder has other weights."""
     images, out, _, _ = changed
 
@@ -613,15 +613,7 @@ def test_the_spec_names_images_and_weights(changed, monkeypatch):
     held_out = torch.load(out / "cache.pt", weights_only=True)["data"]["probe"]["names"][0]
     Image.new("RGB", (64, 64), "red").save(images / held_out)
     assert {k for k, v in spec().items() if v != first[k]} == {"images"}
-    load = common.Backbone.load
-
-    def other(backbone, part, dtype):
-        model = load(backbone, part, dtype)
-        if part == "transformer":
-            model.transformer_blocks[0].attn.to_q.weight.data.neg_()
-        return model
-
-    monkeypatch.setattr(common.Backbone, "load", other)
+    other_weights()
     assert {k for k, v in spec().items() if v != first[k]} == {"images", "transformer"}
 
 

@@ -506,28 +506,20 @@ def test_a_stitch_of_another_cache_is_refused(run, tmp_path):
         train("--out", tmp_path)
 
 
-def test_other_weights_in_the_same_folder_are_refused(run, monkeypatch):
+def test_other_weights_in_the_same_folder_are_refused(run, other_weights):
     """03 compares the transformer with the cache's, later stages with the value's; so the reward's.
 
     A VAE stitch reads no transformer.
     """
     out, train = run
     train("--batch", 4, "--steps", 1, "--value", out / "fourth.pt")
-    load = common.Backbone.load
-
-    def other(backbone, part, dtype):
-        model = load(backbone, part, dtype)
-        if part == "transformer":
-            model.transformer_blocks[0].attn.to_q.weight.data.neg_()
-        return model
-
     backbone = common.Backbone("sd3.5-medium")
     reward = common.Reward("clip")
     common.load_value(out / "fourth.pt", backbone, reward)
     reward.visual.transformer.resblocks[-1].mlp.c_fc.weight.data.neg_()
     with pytest.raises(SystemExit, match="fourth.pt does not fit this run\n.*\n +reward_weights "):
         common.load_value(out / "fourth.pt", backbone, reward)
-    monkeypatch.setattr(common.Backbone, "load", other)
+    other_weights()
     with pytest.raises(SystemExit, match="cache.pt does not fit this run\n.*\n +transformer "):
         train("--batch", 4)
     backbone.free()
