@@ -35,6 +35,7 @@ from common import (
     Stitch,
     StitchedValue,
     add_noise,
+    check_artifact,
     draw_lines,
     fail,
     fingerprints,
@@ -217,18 +218,17 @@ def load(args):
     spec = cache["spec"]
     stitch = load_artifact(Path(args.out, "stitch.pt"), spec, "02_fit_stitch.py")
     fit = stitch["data"][args.front]
-    device = torch.device(args.device)
-    dtype = getattr(torch, args.dtype)
-    reward = Reward(args.reward, args.preset, device, dtype)
-    backbone = Backbone(args.backbone, args.preset, device, dtype, args.compile)
+    given = args.preset, torch.device(args.device), getattr(torch, args.dtype)
+    reward = Reward(args.reward, *given)
+    backbone = Backbone(args.backbone, *given, args.compile)
     transformer = backbone.prefix(fit["i"]) if args.front == "dit" else None
     known = fingerprints(transformer, reward)
-    load_artifact(Path(args.out, "cache.pt"), known, "01_cache_features.py")
-    null = [v.to(device) for v in cache["data"]["null"]]
+    check_artifact(Path(args.out, "cache.pt"), cache, known, "01_cache_features.py")
+    null = [v.to(reward.device) for v in cache["data"]["null"]]
     layer = Stitch(fit["W"], fit["bias"], spec["reward_grid"], spec["antialias"])
     norm = cache["data"]["probe"]["embedding_norm"]
     which = fit["i"], fit["j"], fit["cls"], args.front, args.embedding, norm
-    model = StitchedValue(transformer, null, reward, layer, *which).to(device)
+    model = StitchedValue(transformer, null, reward, layer, *which).to(reward.device)
     tail = [p for k, p in model.named_parameters() if p.requires_grad and k[:6] != "stitch"]
     groups = [dict(params=tail, peak=args.lr)]
     groups += [dict(params=[*model.stitch.parameters()], peak=args.lr * args.stitch_lr)]

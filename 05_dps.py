@@ -66,17 +66,8 @@ from common import (
 )
 
 # flags that --resume may change
-FREE = (
-    "out",
-    "device",
-    "value",
-    "scorers",
-    "save_images",
-    "resume",
-    "restart",
-    "compile",
-    "offload",
-)
+FREE = ("out", "device", "value", "scorers", "save_images", "resume", "restart", "compile")
+FREE += ("offload",)
 METHODS = ("flow", "tweedie", "stitchvm", "stitchvm+tweedie")
 NU = {"sde": lambda t: 3 * t * t, "ode": lambda t: 0.0}
 MINI = dict(prompts="tests/mini/data/drawbench.txt", limit=32, resolution=64, steps=40, batch=16)
@@ -325,9 +316,7 @@ def main(args):
     for k in tqdm(range(0, len(run.rows), args.batch)):
         prompts = range(len(run.rows))[k : k + args.batch]
         work = partial(sample_batch, run, args, runs, prompts)
-        part = parts / f"{k:05d}.pt", "05_dps", run.spec
-        once(*part, args.resume, work)
-        batches.append(once(*part, True, work))  # the file's own, read as they are used
+        batches.append(once(parts / f"{k:05d}.pt", "05_dps", run.spec, args.resume, work))
     run.values.clear()
     run.share = bool(run.share)
     run.backbone.free()  # the scorers need the room

@@ -155,7 +155,7 @@ def begin(transformer, z, sigma, text, pooled, guidance=3.5):
     h, w = (side // 2 for side in z.shape[2:])
     fixed = dict(grid=(h, w), kwargs={})
     state = dict(c=transformer.context_embedder(text), i=0, fixed=fixed)
-    if not hasattr(transformer, "x_embedder"):  # SD 3
+    if cuts_patches(transformer):
         # trap: it wants 1000 sigma, and says nothing when it gets sigma
         time = transformer.time_text_embed(sigma * 1000, pooled)
         return dict(state, h=transformer.pos_embed(z), t=time)
@@ -188,10 +188,15 @@ def end(transformer, state):
     """The velocity (B, C, h, w) from a state after the last block."""
     h, w = state["fixed"]["grid"]
     y = transformer.proj_out(transformer.norm_out(state["h"], state["t"]))
-    if not hasattr(transformer.pos_embed, "proj"):  # SD 3's cuts the patches itself
+    if not cuts_patches(transformer):
         return unpack(y, h, w)
     y = y.view(len(y), h, w, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)  # (row, column, channel)
     return y.reshape(len(y), -1, 2 * h, 2 * w)
+
+
+def cuts_patches(transformer):
+    """Whether it takes latents and cuts their patches itself, as SD 3's; others take tokens."""
+    return hasattr(transformer.pos_embed, "proj")
 
 
 def pack(z):
@@ -430,12 +435,12 @@ class Backbone:
         """What two backbones must have in common to read each other's latents: the VAE."""
         ends = (self.vae.encoder.conv_in, self.vae.decoder.conv_out)
         weights = torch.cat([m.weight.flatten() for m in ends]).bfloat16().cpu()
-        digest = hashlib.sha1(weights.view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
+        vae = hashlib.sha1(weights.view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
         c = self.vae.config
         if self.adapter:
-            return f"{self.transformer_class.__name__}'s latents, vae {digest}"
+            return f"{self.transformer_class.__name__}'s latents, vae {vae}"
         scaling = f"scale {c.scaling_factor:.4f}, shift {c.shift_factor:.4f}"
-        return f"{c.latent_channels} channels, {scaling}, vae {digest}"
+        return f"{c.latent_channels} channels, {scaling}, vae {vae}"
 
     def encode(self, x):
         """Images -> latents: posterior mean, shifted and scaled."""
@@ -468,14 +473,12 @@ class Backbone:
         stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         key = digest(self.source, stamps, self.dtype, list(texts))
         path = cache and Path(cache, f"prompts_{key}.bin")
-        if not path:
-            rows = self.encode_prompts(texts, batch)
-        elif not path.exists():
-            with replacing(path) as temporary:
-                rows = self.encode_prompts(texts, batch, temporary)
-        else:
+        if path and path.exists():
             size = path.stat().st_size // self.dtype.itemsize
             rows = torch.from_file(str(path), size=size, dtype=self.dtype).view(len(texts), -1)
+        else:
+            with replacing(path) if path else contextlib.nullcontext() as file:
+                rows = self.encode_prompts(texts, batch, file)
         with needs(self.source):
             c = self.transformer_class.load_config(self.source, subfolder="transformer")
         P = self.adapter.pooled if self.adapter else c["pooled_projection_dim"]
@@ -483,8 +486,8 @@ class Backbone:
         return text.unflatten(1, (-1, c["joint_attention_dim"])), pooled
 
     @torch.no_grad()
-    def encode_prompts(self, texts, batch, file=None):
-        """Rows (N, T D + P), a prompt's text and pooled embedding; file: they are written there."""
+    def encode_prompts(self, texts, batch, file):
+        """Rows (N, T D + P), a prompt's text and pooled embedding; in memory, or in this file."""
         pipe = self.text_pipeline()
         rows = None
         for k in range(0, len(texts), batch):
@@ -608,24 +611,24 @@ class Reward:
         looks = {k: tag[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in tag}
         if self.resizes_tensors:
             looks = {"resize_mode": "longest"}
-        place = folder or tag.get("hf_hub", "").strip("/") or pretrained[0]
+        origin = folder or tag.get("hf_hub", "").strip("/") or pretrained[0]
         self.name = name
         self.device = torch.device(device)
         self.dtype = dtype
         self.head = None
-        with needs(str(place)):
+        with needs(str(origin)):
             if weights and self.resizes_tensors:
                 from huggingface_hub import hf_hub_download
 
                 pretrained = hf_hub_download(*pretrained)
-            on_meta = self.device.type == "meta"
-            with torch.device("meta") if on_meta else contextlib.nullcontext():
+            place = "meta" if self.device.type == "meta" else "cpu"
+            with torch.device(place):
                 model = open_clip.create_model(
                     source,
                     pretrained=pretrained if weights else None,
                     load_weights=weights,
                     require_pretrained=weights,
-                    device="meta" if on_meta else "cpu",
+                    device=place,
                     force_preprocess_cfg=None if folder else looks,
                 )
         if folder and (folder / "aesthetic_head.safetensors").exists():
@@ -815,7 +818,7 @@ class StitchedValue(nn.Module):
     ):
         super().__init__()
         # shared and frozen: not a submodule, so neither saved nor trained
-        self.__dict__.update(transformer=transformer, reward=reward)
+        self.__dict__.update(transformer=transformer, reward=reward, score=reward.score)
         self.null = null
         self.i = i
         self.j = j
@@ -856,11 +859,11 @@ class StitchedValue(nn.Module):
         data = {k: v.contiguous().cpu() for k, v in data.items()}
         about = {k: v for k, v in self.about.items() if k not in ("config", "format")}
         about |= dict(norm=self.norm, preset=self.about["config"]["preset"])
-        about = json.dumps(about, indent=1)
         with replacing(Path(folder, "value.safetensors")) as temporary:
-            save_file(data, temporary, metadata=dict(about=about))
-        Path(folder, "config.json").write_text(about)
-        Path(folder, "README.md").write_text(model_card(self.about["spec"], rows))
+            save_file(data, temporary, metadata=dict(about=json.dumps(about)))
+        with replacing(Path(folder, "README.md")) as temporary:
+            temporary.write_text(model_card(self.about["spec"], rows))
+        write_json(Path(folder, "config.json"), about)
 
     def features(self, z, sigma, state=None):
         """u^{<=i}(z_t, t) (B, d, h, w), and the state after block i (None of a 'vae' front).
@@ -890,9 +893,6 @@ class StitchedValue(nn.Module):
     def embed(self, z, sigma):
         return self.head(self.features(z, sigma)[0])[0]
 
-    def score(self, e, text):
-        return self.reward.score(e, text)
-
     def forward(self, z, sigma, text=None):
         """V (B,) of noisy latents z; gradients reach z, of any dtype and device.
 
@@ -920,7 +920,7 @@ class StitchedValue(nn.Module):
         """Of the latents that are read."""
         if self.front == "vae":
             return self.stitch.F.in_channels
-        packed = 1 if hasattr(self.transformer.pos_embed, "proj") else 4
+        packed = 1 if cuts_patches(self.transformer) else 4
         return self.transformer.config.in_channels // packed
 
     def trained_state(self):
@@ -1039,26 +1039,23 @@ def load_values(files, backbone, rewards, resolution=None):
     maker = "03_finetune.py"
     pairs = zip(files, rewards, strict=True)
     artifacts = [load_artifact(file, expect | dict(reward=r.name), maker) for file, r in pairs]
-    deepest = {}
-    for artifact in artifacts:
-        spec = artifact["spec"]
-        if spec["front"] == "dit":
-            key = spec["backbone"], artifact["config"]["preset"]
-            deepest[key] = max(spec["i"], deepest.get(key, 0))
     cut = {}
-    for (name, preset), i in deepest.items():
+    for artifact in sorted(artifacts, key=lambda a: -a["spec"]["i"]):  # the deepest cut first
+        name = artifact["spec"]["backbone"]
+        if artifact["spec"]["front"] == "vae" or name in cut:
+            continue
         if name == backbone.name:
             cut[name] = backbone.transformer
         else:
-            other = Backbone(name, preset, backbone.device, backbone.dtype)
-            other.offloads = backbone.offloads
-            cut[name] = other.prefix(i)
+            which = artifact["config"]["preset"], backbone.device, backbone.dtype
+            other = Backbone(name, *which, offloads=backbone.offloads)
+            cut[name] = other.prefix(artifact["spec"]["i"])
     values = []
     for file, reward, artifact in zip(files, rewards, artifacts, strict=True):
         spec = artifact["spec"]
         transformer = cut.get(spec["backbone"])
         known = fingerprints(transformer if spec["front"] == "dit" else None, reward).items()
-        load_artifact(file, {k: v for k, v in known if k in spec}, maker)
+        check_artifact(file, artifact, {k: v for k, v in known if k in spec}, maker)
         try:
             values.append(build_value(artifact, transformer, reward))
         except RuntimeError as e:
@@ -1137,10 +1134,8 @@ def prompt_row(row):
     if isinstance(row, str):
         return dict(prompt=row.strip())
     keys = {key.lower(): key for key in row}
-    found = [keys[k] for k in ("prompt", "text", "caption") if k in keys]
-    if not found:
-        raise KeyError("prompt")
-    return {**row, "prompt": row[found[0]].strip()}
+    key = next((keys[k] for k in ("prompt", "text", "caption") if k in keys), "prompt")
+    return {**row, "prompt": row[key].strip()}
 
 
 def normal(prompt):
@@ -1266,13 +1261,11 @@ def save_training(path, stage, spec, data):
 def once(path, stage, spec, resume, work):
     """What work() returns, plain data, kept at path; with resume an earlier run's, if it is there.
 
-    spec: the flags that must agree.
+    spec: the flags that must agree. Tensors are the file's, read as they are used.
     """
-    if resume and Path(path).exists():
-        return load_artifact(path, spec, f"{stage}.py")["data"]
-    data = work()
-    save_training(path, stage, spec, data)
-    return data
+    if not (resume and Path(path).exists()):
+        save_training(path, stage, spec, work())
+    return load_artifact(path, spec, f"{stage}.py")["data"]
 
 
 def keep_or_drop(path, args):
@@ -1287,37 +1280,52 @@ def keep_or_drop(path, args):
 
 def load_artifact(path, expect, maker):
     """Read an artefact; one whose spec is not as expected stops the run with a table of both."""
-    out = Path(path).parent
-    if out.suffix == ".parts" or maker[:2] in ("07", "08"):
-        out = out.parent  # what a run keeps lies one folder deeper
-    flags = [f"--{k} {shlex.quote(str(expect[k]))}" for k in ("backbone", "reward") if k in expect]
-    remake = " ".join(["python", maker, "--out", shlex.quote(str(out)), *flags])
+    remake = maker_command(path, expect, maker)
     if not Path(path).exists():
         fail(f"{path} does not exist; make it with: {remake}")
     try:
         artifact = torch.load(path, weights_only=True, mmap=True)
-        spec = artifact["spec"]
-        made_by = artifact["provenance"]["command"]
+        known = artifact["format"], artifact["spec"], artifact["provenance"]["command"]
     except Exception as e:
         fail(f"{path} cannot be read ({type(e).__name__}); remake it with: {remake}")
-    if artifact["format"] != FORMAT:
-        fail(f"{path} has format {artifact['format']}, not {FORMAT}; remake it with: {remake}")
+    if known[0] != FORMAT:
+        fail(f"{path} has format {known[0]}, not {FORMAT}; remake it with: {remake}")
+    check_artifact(path, artifact, expect, maker)
+    return artifact
+
+
+def check_artifact(path, artifact, expect, maker):
+    """Stop with a table where an artefact that was read from path is not as expected."""
+    spec = artifact["spec"]
     wrong = [k for k, v in expect.items() if spec.get(k) != v]
     if wrong:
         table = [f"  {'':14} {'in the file':52} asked for"]
         table += [f"  {k:14} {str(spec.get(k)):52} {expect[k]}" for k in wrong]
-        table += [f"  made by: {made_by}", f"  remake it with: {remake} and this run's flags"]
+        table += [f"  made by: {artifact['provenance']['command']}"]
+        table += [f"  remake it with: {maker_command(path, expect, maker)} and this run's flags"]
         fail(f"{path} does not fit this run\n" + "\n".join(table))
-    return artifact
+
+
+def maker_command(path, expect, maker):
+    """The command that makes an artefact anew."""
+    out = Path(path).parent
+    if out.suffix == ".parts" or maker[:2] in ("07", "08"):
+        out = out.parent  # what a run keeps lies one folder deeper
+    flags = [f"--{k} {shlex.quote(str(expect[k]))}" for k in ("backbone", "reward") if k in expect]
+    return " ".join(["python", maker, "--out", shlex.quote(str(out)), *flags])
 
 
 def save_table(args, stage, rows, **top):
     """<out>/<stage>.json with the rows, the flags and where they come from."""
     table = dict(stage=stage, rows=rows, **top, config=vars(args), provenance=provenance(args.seed))
     path = Path(args.out, f"{stage}.json")
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(strict(table), indent=1, allow_nan=False))
+    write_json(path, table)
     print(f"wrote {path}")
+
+
+def write_json(path, data):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(strict(data), indent=1, allow_nan=False))
 
 
 def strict(x):
@@ -1509,10 +1517,7 @@ def gflop(call):
     """GFLOP of one call: 2 x multiply-adds of matrix products, convolutions and attention."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # trap: not counted, nor is the CPU's fused one
-    counted = [
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]  # the first is CUDA's, without N x N
+    counted = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # the first is CUDA's
     try:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(counted):
             call()

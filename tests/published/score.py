@@ -205,7 +205,7 @@ def score_all(name, folders, args):
         scorer = load_scorer(name, args.preset, args.device)
         for folder, rows in folders.items():
             row = common.mean_and_error({name: score_folder(scorer, rows, args.batch)})
-            found[folder] = {k: v if v == v else None for k, v in row.items()}
+            found[folder] = common.strict(row)
     except common.Unavailable as e:
         print(f"warning: no column {name}: {str(e).removeprefix('error: ')}")
     except Exception as e:
@@ -229,8 +229,7 @@ def main(args):
         for folder, row in rows:
             row |= found.get(folder, {})
         for path, table in files.items():  # now: the next one may stop the run
-            with common.replacing(path) as temporary:
-                temporary.write_text(json.dumps(table, indent=1))
+            common.write_json(path, table)
     columns = [k for name in args.scorers for k in (name, f"{name}_se")]
     common.print_table([row for _, row in rows], ["images", *columns])
     for path in files:

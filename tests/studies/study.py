@@ -273,9 +273,9 @@ def compare(stage, jobs, only):
 
 
 # ---------------------------------------------------------------------------- published size
-def dry_run(script, *flags):
-    """{method: case} of a dry run at the paper's settings."""
-    last = run(script, "--dry-run", "--preset", "paper", *flags).splitlines()[-1]
+def dry_run(script, *flags, preset="paper"):
+    """{method: case} of a dry run."""
+    last = run(script, "--dry-run", "--preset", preset, *flags).splitlines()[-1]
     return {c["method"]: c for c in json.loads(last)["cases"]}
 
 
@@ -308,9 +308,8 @@ def ladder(jobs, backbones, rewards):
 
     def one(task):
         preset, backbone, reward, stage = task
-        flags = ("--dry-run", "--preset", preset, "--backbone", backbone, "--reward", reward)
-        cases = json.loads(run(stage, *flags).splitlines()[-1])["cases"]
-        return {c["method"]: [round(c["peak_gib"], 1), round(c["hours"], 3)] for c in cases}
+        cases = dry_run(stage, "--backbone", backbone, "--reward", reward, preset=preset)
+        return {k: [round(c["peak_gib"], 1), round(c["hours"], 3)] for k, c in cases.items()}
 
     found = read(RESULTS / "ladder.json") if (RESULTS / "ladder.json").exists() else {}
     for task, cases in zip(tasks, side_by_side(one, tasks, jobs), strict=True):
