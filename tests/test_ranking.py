@@ -1,0 +1,48 @@
+"""tests/studies/ranking.py: what a value says within a prompt, and a short run."""
+
+import json
+
+import pytest
+import ranking
+import torch
+
+import common
+
+
+def test_within_a_prompt_by_hand():
+    """Values that are half the reward and wrong by the prompt rank perfectly, with slope 2."""
+    r = torch.rand(3, 8, generator=common.generator(0))
+    prompts = torch.tensor([[0.0], [1.0], [5.0]])
+    correlation, error, slope = ranking.within(r / 2 + prompts, r)
+    assert torch.allclose(correlation, torch.ones(3).double()) and slope == pytest.approx(2)
+    assert torch.allclose(error, (prompts - r / 2).double().square().mean(1))
+    correlation, _, slope = ranking.within(1 - r, r)
+    assert torch.allclose(correlation, -torch.ones(3).double()) and slope == pytest.approx(-1)
+
+
+def test_a_short_run(tmp_path, monkeypatch, values):
+    """The last estimate is all but the reward; trajectories are kept, and other values join."""
+    monkeypatch.chdir(common.ROOT)
+    flags = ["--limit", "2", "--samples", "3", "--steps", "4", "--batch", "4", "--device", "cpu"]
+    flags += ["--out", str(tmp_path), "--values", str(values["clip"])]
+    ranking.main(ranking.parse_args(flags))
+    first = json.loads((tmp_path / "ranking.json").read_text())["rows"]
+    assert [(r["method"], r["n"]) for r in first] == [
+        *[("tweedie", 2)] * 4,
+        *[(str(values["clip"]), 2)] * 4,
+    ]
+    assert first[3]["sigma"] < 0.1 and first[3]["correlation"] > 0.99
+    kept = torch.load(tmp_path / "trajectories.pt", weights_only=True)["data"]
+    monkeypatch.setattr(ranking, "trajectories", pytest.fail)  # not called again
+    ranking.main(ranking.parse_args([*flags, str(values["clip"])]))
+    again = json.loads((tmp_path / "ranking.json").read_text())["rows"]
+    assert [r["correlation"] for r in again[:8]] == [r["correlation"] for r in first]
+    backbone = common.Backbone("sd3.5-medium")
+    reward = common.Reward("clip")
+    value, _ = common.load_value(values["clip"], backbone, reward)
+    prompts = common.load_prompts("tests/mini/data/tune/drawbench.txt", 2)
+    texts = reward.text([row["prompt"] for row in prompts for _ in range(3)])
+    with torch.no_grad():
+        v = value(kept["z"][1], first[1]["sigma"], texts).view(2, 3)
+    expected = ranking.within(v, kept["r"].view(2, 3))[0].mean()
+    assert first[5]["correlation"] == pytest.approx(float(expected), abs=1e-4)
