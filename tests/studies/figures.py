@@ -1,12 +1,14 @@
 """The figures of the pages that one call of draw_lines does not draw, from docs/results/*.json."""
 
+import json
 import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from pages import RESULTS, ROOT, reported
+from torchvision.io import read_image
 
-from common import save_figure
+from common import image_grid, save_figure
 
 FIGURES = ROOT / "docs/figures"
 COLOURS = {
@@ -79,6 +81,21 @@ def seeds(stage):
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
     save_figure(figure, FIGURES / f"{stage}_seeds.png")
+
+
+def strip(out):
+    """The same prompts and noises plain, by standard DPS and by V, of a run of 05 in `out`."""
+    table = json.loads(Path(out, "05_dps.json").read_text())
+    shown = ("flow", "tweedie", "stitchvm")
+    folders = {r["method"]: Path(out, r["images"]) for r in table["rows"] if r["method"] in shown}
+    images = [
+        [read_image(str(folder / f"{k:05d}/samples/0000.png")) for k in range(8)]
+        for folder in folders.values()
+    ]
+    cases = [folders["flow"] / f"{k:05d}/metadata.jsonl" for k in range(8)]
+    prompts = [json.loads(case.read_text())["prompt"] for case in cases]
+    labels = ("plain", "standard DPS", "value model")
+    image_grid(images, labels, prompts, FIGURES / "strip.png")
 
 
 def draw_all():

@@ -6,7 +6,6 @@ between <!-- name --> and <!-- /name -->. A test fails when a page and the JSON 
 
 import json
 import statistics
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -155,9 +154,9 @@ def guided(names):
     return markdown(head, rows)
 
 
-def scaling():
-    """Reward and GFLOP a prompt of each method at each N (Fig. 3)."""
-    found = {(r["curve"], r["n_particles"]): r for r in reported("06_scaling")}
+def scaling(name):
+    """Reward and GFLOP a prompt of each method of a run of 06 at each N (Fig. 3)."""
+    found = {(r["curve"], r["n_particles"]): r for r in reported(name)}
     sizes = sorted({n for _, n in found})
     rows = []
     for curve in dict.fromkeys(c for c, _ in found):
@@ -496,8 +495,15 @@ def results():
         ("Guided above or below sigma .5 only.", guided(["05_clip-above", "05_clip-below"])),
         ("![Images of 05](figures/05_grid.png)",),
         ("## 06: particles",),
-        ("Reward of the best particle against N: clip, 100 prompts, lambda 1.", scaling()),
+        (
+            "Reward of the best particle against N: clip, 100 prompts, lambda 1.",
+            scaling("06_scaling"),
+        ),
         ("![Reward against work](figures/06_scaling.png)",),
+        (
+            "Best of N without the worse half, which V drops at sigma .36; clip, 100 prompts.",
+            scaling("06_prune"),
+        ),
         (
             "sd3.5-large steered by its own value and by sd3.5-medium's (Table 6).",
             steered(large, ["curve", "n_particles"]),
@@ -560,9 +566,5 @@ def pages():
 
 
 def write_all():
-    sys.path.insert(0, str(ROOT))
-    import figures
-
     for path, text in pages().items():
         (ROOT / path).write_text(text)
-    figures.draw_all()

@@ -214,6 +214,9 @@ def dps(jobs, rewards):
     tasks = [(f"05_{r}", r) for r in rewards]
     tasks += [(f"05_{rewards[0]}-{name}", rewards[0], flag, 0.5) for name, flag in windows]
     side_by_side(lambda task: guided(*task), tasks, jobs)
+    import figures
+
+    figures.strip(STUDY / f"05_{rewards[0]}/report")
 
 
 # ---------------------------------------------------------------------------- 06 to 08
@@ -233,6 +236,7 @@ def comparisons(stage):
         flags = {
             "06_lam": (*clip, *methods, *small, *tune, "--lam", 0.5, 1, 2, 4),
             "06_scaling": (*clip, *methods, *small, *hundred, *sizes),
+            "06_prune": (*clip, "--methods", "bon", "prune", *hundred, "--n", 4, 8, 16, 32),
             "06_proposals": (*clip, *without, *small, *proposals, "--lam", 1, 4),
             "06_large-by-large": (*own, *methods, *large),
             "06_large-by-medium": (*clip, "--methods", "fks+stitchvm", *large),
@@ -328,6 +332,7 @@ def main():
     p.add_argument("--only", nargs="+", metavar="NAME", help="of fks, draft and nft: these jobs")
     p.add_argument("--jobs", type=int, default=2, help="processes at a time")
     args = p.parse_args()
+    sys.path.insert(0, str(ROOT))  # for common
     if args.what == "selection":
         selection(args.jobs)
     elif args.what == "table":
@@ -339,9 +344,11 @@ def main():
     elif args.what == "ladder":
         ladder(args.jobs, args.backbone, args.reward)
     elif args.what == "readme":
+        import figures
         import pages
 
         pages.write_all()
+        figures.draw_all()
     else:
         compare(args.what, args.jobs, args.only)
 
