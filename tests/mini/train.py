@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
@@ -72,29 +73,52 @@ def signed(images):
 
 
 # ---------------------------------------------------------------------------- one training loop
+def optimizers(models, lr, weight_decay, muon):
+    """AdamW; with muon, Muon (torch.optim) for the matrices of a transformer's blocks."""
+    named = list(models.named_parameters())
+    hidden = [p for k, p in named if muon and "blocks." in k and p.ndim == 2]
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in chosen]
+    fixed = dict(lr=lr, weight_decay=weight_decay)
+    found = [torch.optim.AdamW(rest, betas=(0.9, 0.98), fused=True, **fixed)]
+    if muon:  # its updates are scaled to AdamW's, so that one rate serves both
+        found.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **fixed))
+    return found
+
+
 def fit(
-    name, work, models, loss_fn, steps, lr, warmup=0.03, ema=None, weight_decay=0.0, snapshots=()
+    name,
+    work,
+    models,
+    loss_fn,
+    steps,
+    lr,
+    warmup=0.03,
+    ema=None,
+    weight_decay=0.0,
+    snapshots=(),
+    muon=False,
 ):
-    """Train `models` (one nn.Module) with one-cycle cosine AdamW: (models, minutes).
+    """Train `models` (one nn.Module) with a one-cycle cosine: (models, minutes).
 
     loss_fn(step, generator) -> loss; all that is random is drawn from the generator, whose state is
     in the checkpoint of every minute, so that a resumed run continues the same stream.
     """
     path = work / f"{name}.pt"
-    optimizer = torch.optim.AdamW(
-        models.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
-    )
+    both = optimizers(models, lr, weight_decay, muon)
     generator, start, seconds = torch.Generator().manual_seed(name_seed(name)), 0, 0.0
     average = {k: v.detach().clone() for k, v in models.state_dict().items()} if ema else None
     if path.exists():
         saved = torch.load(path, weights_only=True)
         models.load_state_dict(saved["models"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(both, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         generator.set_state(saved["generator"])
         start, seconds, average = saved["step"], saved["seconds"], saved["average"]
 
     def save(to, step):
-        state = dict(models=models.state_dict(), optimizer=optimizer.state_dict())
+        states = [optimizer.state_dict() for optimizer in both]
+        state = dict(models=models.state_dict(), optimizers=states)
         state |= dict(generator=generator.get_state(), step=step, seconds=seconds, average=average)
         torch.save(state, str(to) + ".tmp")
         os.replace(str(to) + ".tmp", to)
@@ -106,12 +130,13 @@ def fit(
         began = time.time()
         cosine = 0.5 * (1 + math.cos(math.pi * (step / steps)))
         rate = lr * min(1, (step + 1) / (warmup * steps)) * (0.02 + 0.98 * cosine)
-        optimizer.param_groups[0]["lr"] = rate
         loss = loss_fn(step, generator)
-        optimizer.zero_grad()
+        models.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in both:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
         if ema:
             decay = min(ema, (1 + step) / (10 + step))
             move_average(average, models.state_dict(), decay)
@@ -665,14 +690,19 @@ def train_flow(work, name, models, world, seed, steps, lr=1e-3, teacher=None, sn
     tokenise(captions) -> ids and encode(text encoders, ids) -> (text, pooled). teacher: a frozen
     copy of models, whose guided velocity at a random strength is the target: distillation.
     """
-    (transformer, text), (vae, tokenise, encode), batch = models, world, 48
-    images, captions, _ = scenes(30000, seed)
+    transformer, text = models
+    vae, tokenise, encode = world
+    batch = 128
+    images, captions, _ = scenes(100_000, seed)
     ids, null = tokenise(captions), tokenise([""])
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    with torch.no_grad():
-        means = (vae.encode(signed(i)).latent_dist.mean for i in images.split(200))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=BF16):
+        means = (vae.encode(signed(i)).latent_dist.mean.float() for i in images.split(200))
         z0 = torch.cat([(mean - shift) * scale for mean in means])
     del images
+    for name_of, module in transformer.named_children():
+        for block in module if name_of.endswith("transformer_blocks") else ():
+            block.compile()
 
     def loss_fn(step, generator):
         k = pick(generator, len(z0), batch)
@@ -681,25 +711,37 @@ def train_flow(work, name, models, world, seed, steps, lr=1e-3, teacher=None, sn
         t = torch.sigmoid(torch.randn(batch, generator=generator))
         eps, guidance = torch.randn(z0[k].shape, generator=generator), 1.0
         z, target = torch.lerp(z0[k], eps, t.view(-1, 1, 1, 1)), eps - z0[k]
-        if teacher:
-            guidance = 1 + 4 * torch.rand(batch, generator=generator)
-            with torch.no_grad():
-                both = [encode(teacher[1], v) for v in (null, ids[k])]
-                un, uc = (common.velocity(teacher[0], z, t, c, guidance=1.0) for c in both)
-                target = un + guidance.view(-1, 1, 1, 1) * (uc - un)
-        condition = encode(text, torch.where(drop, null, ids[k]))
-        u = common.velocity(transformer, z, t, condition, guidance=guidance)
-        return (u - target).square().mean()
+        # trap: the fused attention's backward takes half the step in bfloat16
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16), sdpa_kernel(SDPBackend.MATH):
+            if teacher:
+                guidance = 1 + 4 * torch.rand(batch, generator=generator)
+                with torch.no_grad():
+                    both = [encode(teacher[1], v) for v in (null.expand_as(ids[k]), ids[k])]
+                    un, uc = (common.velocity(teacher[0], z, t, c, guidance=1.0) for c in both)
+                    target = un + guidance.view(-1, 1, 1, 1) * (uc - un)
+            condition = encode(text, torch.where(drop, null, ids[k]))
+            u = common.velocity(transformer, z, t, condition, guidance=guidance)
+        return (u.float() - target).square().mean()
 
     both = torch.nn.ModuleList([transformer, *text])
-    return fit(name, work, both, loss_fn, steps, lr, ema=0.999, snapshots=snapshots)[1]
+    settings = dict(ema=0.999, snapshots=snapshots, muon=True)
+    return fit(name, work, both, loss_fn, steps, lr, **settings)[1]
 
 
-def train_medium(work):
+def load_weights(models, folder):
+    """An exported pipeline's transformer and text encoders into models (transformer, encoders)."""
+    parts = ("transformer", "text_encoder", "text_encoder_2")
+    for module, part in zip([models[0], *models[1]], parts, strict=True):
+        module.load_state_dict(type(module).from_pretrained(folder / part).float().state_dict())
+
+
+def train_medium(work, start=None):
     torch.manual_seed(4)
     vae, models = load_vae(work), build_generator(MEDIUM)
+    if start:
+        load_weights(models, start)
     world = (vae, tokenise, encode_text)
-    minutes = train_flow(work, "sd3.5-medium", models, world, 4, 28000, snapshots=(EARLY,))
+    minutes = train_flow(work, "sd3.5-medium", models, world, 4, 9000, snapshots=(EARLY,))
     save_sd3(*models, vae, HERE / "sd3.5-medium")
     return minutes
 
@@ -740,17 +782,17 @@ def grow(large, small):
             new[tuple(slice(n) for n in was.shape)] = was
 
 
-def train_large(work):
-    from diffusers import SD3Transformer2DModel
-
+def train_large(work, start=None):
     torch.manual_seed(8)
-    medium, vae, models = HERE / "sd3.5-medium", load_vae(work), build_generator(LARGE)
-    transformer, text = models
-    load = partial(SD3Transformer2DModel.from_pretrained, dtype=torch.float32)
-    grow(transformer, load(medium / "transformer"))
-    for encoder, part in zip(text, ("text_encoder", "text_encoder_2"), strict=True):
-        trained = type(encoder).from_pretrained(medium / part, dtype=torch.float32)
-        encoder.load_state_dict(trained.state_dict())
+    vae, models = load_vae(work), build_generator(LARGE)
+    if start:
+        load_weights(models, start)
+    else:
+        small = build_generator(MEDIUM)
+        load_weights(small, HERE / "sd3.5-medium")
+        grow(models[0], small[0])
+        for encoder, trained in zip(models[1], small[1], strict=True):
+            encoder.load_state_dict(trained.state_dict())
     world = (vae, tokenise, encode_text)
     minutes = train_flow(work, "sd3.5-large", models, world, 8, 5500, lr=6e-4)
     save_sd3(*models, vae, HERE / "sd3.5-large")
@@ -802,12 +844,14 @@ def build_flux():
     return transformer, [clip, t5]
 
 
-def train_flux(work):
+def train_flux(work, start=None):
     """Guidance is 1 in the first part; then, at 1 to 5, it learns what a copy gives with CFG."""
     torch.manual_seed(9)
     vae, models = load_vae(work, "flux-vae"), build_flux()
+    if start:
+        load_weights(models, start)
     world = (vae, tokenise_flux, encode_flux)
-    minutes = train_flow(work, "flux-base", models, world, 9, 7000)
+    minutes = train_flow(work, "flux-base", models, world, 9, 9000)
     teacher = copy.deepcopy(models)
     torch.nn.ModuleList([models[0], *models[1]]).requires_grad_(True)
     minutes += train_flow(work, "flux", models, world, 10, 800, lr=3e-4, teacher=teacher)
@@ -1044,6 +1088,8 @@ def main(argv=None):
     p.add_argument("--only", nargs="+", choices=TRAIN, help="train these, in this order")
     p.add_argument("--work", default=str(HERE / "work"), help="folder of checkpoints")
     p.add_argument("--threads", type=int, default=1)
+    more = "generators go on from the weights in their folders"
+    p.add_argument("--go-on", action="store_true", help=more)
     again = "also those whose folder is complete, unless this --work has trained them"
     p.add_argument("--again", action="store_true", help=again)
     args = p.parse_args(argv)
@@ -1058,7 +1104,10 @@ def main(argv=None):
             done = HERE / name / "model_index.json"
         log = work / f"{name}.minutes"
         if not (log if args.again else done).exists():
-            minutes = TRAIN[name](work)
+            start = (
+                dict(start=HERE / name) if args.go_on and done.name == "model_index.json" else {}
+            )
+            minutes = TRAIN[name](work, **start)
             log.write_text(f"{minutes:.1f}")
             print(f"{name}: {minutes:.1f} minutes")
     table = quality(work, args.only or TRAIN)
