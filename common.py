@@ -1596,7 +1596,7 @@ def draw_lines(rows, x, ys, by, path):
             axis.errorbar(*points, marker="o", ms=3, capsize=2, color=f"C{k % 10}", label=name)
         axis.set(xlabel=x, title=y)
         axis.grid(alpha=0.3)
-    if by:
+    if axes[0, 0].get_legend_handles_labels()[0]:
         axes[0, 0].legend(fontsize=7)
     save_figure(figure, path)
 

@@ -236,7 +236,7 @@ def comparisons(stage):
         flags = {
             "06_lam": (*clip, *methods, *small, *tune, "--lam", 0.5, 1, 2, 4),
             "06_scaling": (*clip, *methods, *small, *hundred, *sizes),
-            "06_prune": (*clip, "--methods", "bon", "prune", *hundred, "--n", 4, 8, 16, 32),
+            "06_prune": (*clip, "--methods", "bon", "prune", *hundred, "--n", 4, 8, 16),
             "06_proposals": (*clip, *without, *small, *proposals, "--lam", 1, 4),
             "06_large-by-large": (*own, *methods, *large),
             "06_large-by-medium": (*clip, "--methods", "fks+stitchvm", *large),
