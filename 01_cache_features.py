@@ -21,10 +21,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm, trange
 
 from common import (
@@ -42,11 +41,13 @@ from common import (
     needs,
     now,
     parse_stage,
+    read_image,
     replacing,
     resample,
     run_blocks,
     save_artifact,
     stage_parser,
+    stamps,
     to_tokens,
     tokens_entering,
 )
@@ -150,31 +151,9 @@ def training_images(folder, benchmarks, skip):
 def read_square(path, size):
     """The centre square of an image file, uint8 (3, size, size), or why it cannot be read."""
     try:
-        image = Image.open(path)
-        if max(image.size) > 20 * min(image.size):
-            raise ValueError("{} x {} pixels, a side over 20 times the other".format(*image.size))
-        image.load()
-        with suppress(Exception):  # broken notes of the camera leave the pixels good
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode[0] in "IF":  # trap: convert("RGB") clips 16-bit grey at 255
-            grey = np.asarray(image)
-            if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-                raise ValueError(f"pixels of mode {image.mode}, whose range is unknown")
-            image = Image.fromarray((grey / 257).round().astype(np.uint8))
-        image = ImageOps.fit(image.convert("RGBA"), (size, size))
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return pil_to_tensor(read_image(path, size))
     except Exception as e:  # whatever a broken file makes the decoder raise
         return f"{type(e).__name__}: {' '.join(str(e).splitlines()[:1])}"
-
-
-def stamps(folder, names):
-    """[(path, size, time)] of files: what changes with their content. One that is gone has none."""
-    found = []
-    for path in (Path(os.path.realpath(folder), name) for name in names):
-        s = path.stat() if path.exists() else None
-        found.append((str(path), s and s.st_size, s and s.st_mtime_ns))
-    return found
 
 
 def read_batch(root, size, resize, names):
@@ -248,16 +227,18 @@ def main(args):
     order = torch.randperm(len(names), generator=generator(args.seed, "order")).tolist()
     held_out = {names[k] for k in order[: min(args.probe, len(names) // 4)]}
     rest = [name for name in names if name not in held_out]
+    below = partial(map, Path(os.path.realpath(args.images)).joinpath)
     given = args.images, backbone, reward, args.resolution, args.batch, args.workers
-    key = spec, fingerprints(None, reward)
+    key = spec, fingerprints(None, [reward])
     shards = []
     bad = {}
     for k in trange(0, len(rest), args.shard, desc="shards"):
         part = rest[k : k + args.shard]
-        path = Path(args.out, f"cache/shard_{digest(*key, stamps(args.images, part))}.pt")
+        path = Path(args.out, f"cache/shard_{digest(*key, stamps(below(part)))}.pt")
         shard = {}
         with suppress(Exception):  # not there yet, or damaged
-            shard = torch.load(path, weights_only=True, mmap=True)
+            found = torch.load(path, weights_only=True, mmap=True)
+            shard = {k: found[k] for k in ("z0", "pixels", "names", "bad")}
         if not shard:  # else a run that was cut off goes on after it
             shard = encode_files(part, *given)
             with replacing(path) as temporary:
@@ -269,13 +250,13 @@ def main(args):
     bad |= probe.pop("bad")
     if bad:
         print(f"skipped {len(bad)} unreadable of {len(names)} files: {dict([*bad.items()][:5])}")
-    if not probe["names"] or not shards:
-        fail(f"no image in {args.images} can be read")
+    if len(probe["names"]) < 4 or not shards:
+        fail(f"too few images in {args.images} can be read")
     backbone.free()  # the VAE goes before the transformer comes
     on_device = [v.to(reward.device) for v in null]
     probe |= probe_set(args, backbone.transformer, reward, on_device, probe["z0"], probe["pixels"])
-    spec |= fingerprints(backbone.transformer, reward)
-    spec["images"] = digest(shards, args.seed, stamps(args.images, probe["names"]))
+    spec |= fingerprints(backbone.transformer, [reward])
+    spec["images"] = digest(shards, args.seed, stamps(below(probe["names"])))
     data = dict(shards=shards, bad=bad, null=null, probe=probe)
     save_artifact(Path(args.out, "cache.pt"), "01_cache_features", args, spec, data)
     named = {Path(args.out, shard["file"]) for shard in shards}

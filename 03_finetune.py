@@ -42,6 +42,7 @@ from common import (
     generator,
     keep_or_drop,
     load_artifact,
+    maker_command,
     now,
     parse_stage,
     print_table,
@@ -176,17 +177,23 @@ def batches(args, images, start, steps, accelerator):
     )
 
 
-def training_images(out, shards, reward):
-    """Dataset of (z_0, pixels), memory-mapped, or where these are small of (z_0, e_RM, h_RM)."""
-    parts = []
+def read_shards(out, shards, spec=()):
+    """01's dicts of z0, pixels and names, memory-mapped."""
+    found = []
     for file in (Path(out, shard["file"]) for shard in shards):
         try:
             shard = torch.load(file, weights_only=True, mmap=True)
-            parts.append(TensorDataset(shard["z0"], shard["pixels"]))
+            found.append({k: shard[k] for k in ("z0", "pixels", "names")})
         except Exception as e:
-            problem = f"{file} is missing or damaged ({type(e).__name__})"
-            fail(f"{problem}; make it with: python 01_cache_features.py --out {out}")
-    data = ConcatDataset(parts)
+            remake = maker_command(Path(out, "cache.pt"), spec, "01_cache_features.py")
+            fail(f"{file} is missing or damaged ({type(e).__name__}); make it with: {remake}")
+    return found
+
+
+def training_images(out, shards, reward, spec=()):
+    """Dataset of (z_0, pixels), memory-mapped, or where these are small of (z_0, e_RM, h_RM)."""
+    parts = read_shards(out, shards, spec)
+    data = ConcatDataset([TensorDataset(part["z0"], part["pixels"]) for part in parts])
     if len(data) * reward.visual.positional_embedding.nbytes > KEPT_TARGETS:  # shaped as h_RM
         return data
     loader = DataLoader(data, 32)
@@ -222,7 +229,8 @@ def load(args):
     reward = Reward(args.reward, *given)
     backbone = Backbone(args.backbone, *given, args.compile)
     transformer = backbone.prefix(fit["i"]) if args.front == "dit" else None
-    known = fingerprints(transformer, reward)
+    spec["transformer"] = spec["transformer"][: fit["i"]]
+    known = fingerprints(transformer, [reward], fit["i"])
     check_artifact(Path(args.out, "cache.pt"), cache, known, "01_cache_features.py")
     null = [v.to(reward.device) for v in cache["data"]["null"]]
     layer = Stitch(fit["W"], fit["bias"], spec["reward_grid"], spec["antialias"])
@@ -304,10 +312,10 @@ def main(args):
     processes = accelerator.num_processes
     if args.batch % processes:
         fail(f"--batch {args.batch} cannot be shared equally by {processes} processes")
+    cache, stitch, reward, model, optimizer = load(args)
     if accelerator.is_main_process or not args.restart:
         keep_or_drop(checkpoint, args)
-    cache, stitch, reward, model, optimizer = load(args)
-    data = training_images(args.out, cache["data"]["shards"], reward)
+    data = training_images(args.out, cache["data"]["shards"], reward, cache["spec"])
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
     run = vars(args) | dict.fromkeys(FREE) | dict(stitch=stitch["id"], steps=steps)
     accelerator.print(f"{steps} steps of {args.batch} images on {processes} processes")

@@ -18,16 +18,15 @@ Departs from the paper: noise draws, standard errors, the null text for all but 
 
 import json
 import math
+import os
 import shutil
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -39,17 +38,21 @@ from common import (
     digest,
     draw_lines,
     fail,
+    fingerprints,
     generator,
     gflop,
     keep_or_drop,
     load_value,
+    maker_command,
     mean_and_error,
     now,
     once,
     parse_stage,
     print_table,
+    read_image,
     save_table,
     stage_parser,
+    stamps,
     timing,
     tweedie,
     within,
@@ -163,12 +166,15 @@ def first_images(rows, wanted):
 def load_benchmarks(args, reward):
     """{name: rows} of the files that fit the reward, in order; Monte Carlo uses the first."""
     kind = "rank" if "hps" in Path(args.reward).name else "texts" if reward.uses_text else "votes"
+    files = [Path(file) for file in args.benchmarks or []]
+    if len({file.stem for file in files}) < len(files):
+        fail("--benchmarks has two files of one name, which names their rows: rename one")
     benches = {}
-    for file in map(Path, args.benchmarks or []):
+    for file in files:
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
             rows = [json.loads(line) for line in lines if line.strip()]
-            rows = [row | dict(image=file.parent / row["image"]) for row in rows]
+            rows = [row | dict(name=row["image"], image=file.parent / row["image"]) for row in rows]
             found = next(k for k in ("votes", "rank", "texts") if k in rows[0])
             check_rows(rows, found)
         except (OSError, ValueError, LookupError, TypeError, StopIteration) as e:
@@ -184,32 +190,31 @@ def check_rows(rows, kind):
     """An error for a row without what its kind needs: votes, texts, another image in its list."""
     groups = Counter(row["group"] for row in rows if kind == "rank")
     for n, row in enumerate(rows, 1):
-        if not (sum(row[kind]) if kind == "votes" else row["texts"]):
-            raise ValueError(f"line {n} has no {kind}")
-        if groups and groups[row["group"]] < 2:
-            raise ValueError(f"line {n} is alone in its list")
-
-
-def read_image(file):
-    """A PIL image in RGB, turned as its EXIF says, transparency on white."""
-    image = Image.open(file)
-    image.load()
-    with suppress(Exception):  # broken notes of the camera leave the pixels good
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # trap: convert("RGB") clips 16-bit grey at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+        if kind == "votes":
+            good = len(row["votes"]) == 10 and min(row["votes"]) >= 0 < sum(row["votes"])
+        else:
+            texts = row["texts"]
+            good = isinstance(texts, list) and texts and all(isinstance(x, str) for x in texts)
+        if not good:
+            raise ValueError(f"line {n} has no good {kind}")
+        if groups and (groups[row["group"]] < 2 or not isinstance(row["rank"], int)):
+            raise ValueError(f"line {n} is alone in its list, or has no rank")
+        if not row["image"].exists():
+            raise ValueError(f"line {n}: there is no {row['image']}")
+    changes = [k for k, row in enumerate(rows) if groups and row["group"] != rows[k - 1]["group"]]
+    if len(changes) > max(len(groups), 1):
+        raise ValueError("the images of a list do not follow each other")
 
 
 def embed_batch(rows, name, backbone, reward, methods, roll, args):
     """Of the images of `rows` unit embeddings e_rm of centre squares and `clean` of whole files,
     (n, E), on the CPU; at each sigma of each method (n, draws, E), and of rollouts `samples`."""
-    try:
-        images = [read_image(row["image"]) for row in rows]
-    except Exception as e:
-        fail(f"an image of a benchmark, which is scored whole, cannot be read: {e}")
+    images = []
+    for row in rows:
+        try:
+            images.append(read_image(row["image"]))
+        except Exception as e:
+            fail(f"{row['image']}, an image of a benchmark, cannot be read: {e}")
     size = (args.resolution, args.resolution)
     squares = torch.stack([pil_to_tensor(ImageOps.fit(image, size)) for image in images])
     x = squares.to(backbone.device) / 255
@@ -221,7 +226,7 @@ def embed_batch(rows, name, backbone, reward, methods, roll, args):
         t = torch.full((len(z0),), sigma, device=z0.device)
         at = {method: [] for method in methods}
         for draw in range(args.draws):
-            seeds = [(args.seed, name, sigma, draw, str(row["image"].name)) for row in rows]
+            seeds = [(args.seed, name, sigma, draw, row["name"]) for row in rows]
             eps = torch.stack([torch.randn(z0.shape[1:], generator=generator(*s)) for s in seeds])
             z = add_noise(z0, eps.to(z0.device), t)
             for method, embed in methods.items():
@@ -229,7 +234,7 @@ def embed_batch(rows, name, backbone, reward, methods, roll, args):
                 if not at[method][-1].isfinite().all():  # NaN would rank as well as it sorts
                     fail(f"{method} gives NaN at sigma {sigma} of {name}: try --dtype float32")
             if roll and draw == 0:
-                g = generator(args.seed, "rollouts", sigma, rows[0]["image"].name)
+                g = generator(args.seed, "rollouts", sigma, rows[0]["name"])
                 samples, at["steps"] = roll(z, sigma, g=g)
                 at["samples"] = samples.cpu()
         found[sigma] = {k: torch.stack(v, 1) if k in methods else v for k, v in at.items()}
@@ -366,8 +371,8 @@ def load_methods(args, backbone, reward, null):
         if name == "stitchvm":
             path = args.value or Path(args.out, "value.pt")
         elif not path.exists():
-            make = f"make it with: python {BASELINES[name]} --out {args.out}"
-            print(f"warning: no {name} rows, {path} does not exist; {make}")
+            make = maker_command(path, vars(args), BASELINES[name])
+            print(f"warning: no {name} rows, {path} does not exist; make it with: {make}")
             continue
         value, artifact = load_value(path, backbone, reward, resolution=args.resolution)
         methods[name] = value.embed
@@ -402,8 +407,8 @@ def add_costs(rows, calls, z):
 
 @torch.no_grad()
 def main(args):
-    folder = Path(args.out, "04_eval_noisy.parts")
-    keep_or_drop(folder, args)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process does all of it
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype)
     reward = Reward(args.reward, args.preset, device, dtype)
@@ -411,12 +416,16 @@ def main(args):
     backbone = Backbone(args.backbone, args.preset, device, dtype, args.compile)
     null = [v.to(device) for v in backbone.prompts([""])]
     rows = []
+    folder = Path(args.out, "04_eval_noisy.parts")
+    keep_or_drop(folder, args)
     methods, parents = load_methods(args, backbone, reward, null)
     grid = backbone.grid(args.rollout_steps, args.resolution)
     more = dict(grid=grid, rollouts=args.rollouts, batch=args.batch)
     roll = partial(rollout_embeddings, backbone, reward, null, **more)
     spec = {k: v for k, v in vars(args).items() if k not in FREE} | dict(values=parents)
-    spec |= dict(benchmarks=digest({k: list(map(str, v)) for k, v in benches.items()}))
+    files = [stamps(row["image"] for row in bench) for bench in benches.values()]
+    spec |= dict(benchmarks=digest(files, {k: list(map(str, v)) for k, v in benches.items()}))
+    spec |= fingerprints(backbone.transformer, [reward], 1)
     for name, bench in benches.items():
         first_roll = roll if "mc" in args.methods and not rows else None
         rows += evaluate(name, bench, backbone, reward, methods, first_roll, args, spec)

@@ -22,6 +22,7 @@ Departs from the paper: the first step is unguided in form (39), for t/(1-t) is 
 """
 
 import argparse
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from common import (
     digest,
     draw_lines,
     fail,
+    fingerprints,
     generator,
     gflop,
     image_grid,
@@ -218,6 +220,7 @@ def load(args):
     run.shape = backbone.latent_shape(args.resolution)
     run.spec = {k: v for k, v in vars(args).items() if k not in FREE}
     run.spec |= dict(prompts=digest(run.prompts), values=[a["id"] for a in run.artifacts])
+    run.spec |= fingerprints(backbone.transformer, run.rewards, 1)
     return run
 
 
@@ -305,11 +308,13 @@ def score(run, args, runs, batches):
 
 @torch.no_grad()
 def main(args):
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process does all of it
     if not args.guide_from > args.guide_to:
         fail("--guide-from must be above --guide-to")
+    run = load(args)
     parts = Path(args.out, "05_dps.parts")
     keep_or_drop(parts, args)
-    run = load(args)
     runs = plan(args, run.grid)
     cost = costs(run, {kind for _, guides in runs.values() for kind, _ in guides})
     batches = []

@@ -21,6 +21,7 @@ Departs from the paper: lam is in units of the reward's spread; weights are carr
 
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from contextlib import suppress
@@ -41,6 +42,7 @@ from common import (
     digest,
     draw_lines,
     fail,
+    fingerprints,
     generator,
     gflop,
     image_grid,
@@ -303,6 +305,8 @@ class Models:
         self.shares = shares_prefix(self.values, self.backbone, self.null, args.cfg)
         self.spec = {k: v for k, v in vars(args).items() if k not in FREE}
         self.spec |= dict(texts=digest(texts), values=[a["id"] for a in self.parents])
+        self.weights = fingerprints(self.backbone.transformer, self.rewards, 1)
+        self.spec |= self.weights
         self.cfg = args.cfg
         self.batch = args.batch
         self.rows = Counter()
@@ -484,7 +488,7 @@ def reward_spread(models, args, texts):
     """The reward's standard deviation among plain samples of one prompt, of the first eight; kept
     in <out>/06_spread.json, and measured again if that cannot be read."""
     keys = ("preset", "backbone", "reward", "resolution", "steps", "cfg", "seed", "spread_samples")
-    about = {k: getattr(args, k) for k in keys} | dict(prompts=texts[:8])
+    about = {k: getattr(args, k) for k in keys} | dict(prompts=texts[:8]) | models.weights
     path = Path(args.out, "06_spread.json")
     with suppress(OSError, ValueError, LookupError, TypeError):
         found = json.loads(path.read_text())
@@ -518,11 +522,13 @@ def add_scores(rows, images, rewards, models, args, texts):
 
 @torch.no_grad()
 def main(args):
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process does all of it
     prompts = load_prompts(args.prompts, args.limit)
     texts = [row["prompt"] for row in prompts]
+    models = Models(args, texts)
     parts = Path(args.out, "06_fks.parts")
     keep_or_drop(parts, args)
-    models = Models(args, texts)
     spread = reward_spread(models, args, texts) if args.raw_lam is None else None
     made = []
     for run in tqdm(plan(args), desc="runs"):

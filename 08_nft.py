@@ -44,6 +44,7 @@ from common import (
     digest,
     draw_lines,
     fail,
+    fingerprints,
     generator,
     gflop,
     image_grid,
@@ -332,13 +333,14 @@ def load(args, accelerator):
     run.texts = [t if t is None else t.cpu() for t in (r.text(pool) for r in run.rewards)]
     run.values, artifacts = load_values(files, backbone, run.rewards[: len(files)], args.resolution)
     own_prefixes(run.values)
+    run.spec = fingerprints(backbone.transformer, run.rewards, 1)
     torch.manual_seed(args.seed)
     run.lora = {n: add_lora(backbone.transformer, args.rank, args.alpha, n) for n in POLICIES}
     run.start = [p.detach().clone() for p in run.lora["default"]]
     run.shape = backbone.latent_shape(args.resolution)
     run.grid = backbone.grid(args.steps, args.resolution)
     run.costs = unit_costs(run, args)
-    run.spec = {k: v for k, v in vars(args).items() if k not in FREE}
+    run.spec |= {k: v for k, v in vars(args).items() if k not in FREE}
     run.spec |= dict(train_prompts=digest(pool), eval_prompts=digest(run.prompts))
     run.about = [dict(stage=a["stage"], id=a["id"]) for a in artifacts]
     run.base = cache(partial(measure, run, args))  # one for all methods
@@ -534,9 +536,9 @@ def main(args):
     files = [Path(args.out, method, "08_nft.train") for method in methods]
     if args.resume and not any(file.exists() for file in files):
         fail(f"{files[0]} does not exist; start without --resume")
-    for file in files if accelerator.is_main_process else ():
-        keep_or_drop(file, args)
     run = load(args, accelerator)
+    for file in files if accelerator.is_main_process or not args.restart else ():
+        keep_or_drop(file, args)
     states = [train(method, run, args) for method in methods]
     if not run.accelerator.is_main_process:
         return

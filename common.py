@@ -11,6 +11,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import io
 import json
 import logging
 import math
@@ -40,6 +41,7 @@ os.environ["MPLBACKEND"] = "agg"  # trap: a notebook's would be looked for, and 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -136,11 +138,12 @@ def fingerprint(block):
     return found.hexdigest()[:8]
 
 
-def fingerprints(transformer, reward):
-    """{transformer, reward_weights}: of blocks that every stage has; None: no transformer read."""
-    found = dict(reward_weights=fingerprint(reward.visual.transformer.resblocks[-1]))
+def fingerprints(transformer, rewards, i=None):
+    """{transformer: of each of the first i blocks, reward_weights}; None: no transformer read."""
+    towers = [nn.ModuleList(filter(None, (reward.visual, reward.head))) for reward in rewards]
+    found = dict(reward_weights=[fingerprint(tower) for tower in towers])
     if transformer is not None:
-        found["transformer"] = fingerprint(dit_blocks(transformer)[0])
+        found["transformer"] = [fingerprint(block) for block in dit_blocks(transformer)[:i]]
     return found
 
 
@@ -469,16 +472,22 @@ class Backbone:
         whose file is read as the embeddings are used, and by the next run; SD 3.5 takes 2.7 MB
         a prompt.
         """
-        files = sorted(Path(self.source).glob("text_encoder*/*.safetensors"))
-        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        key = digest(self.source, stamps, self.dtype, list(texts))
-        path = cache and Path(cache, f"prompts_{key}.bin")
-        if path and path.exists():
-            size = path.stat().st_size // self.dtype.itemsize
-            rows = torch.from_file(str(path), size=size, dtype=self.dtype).view(len(texts), -1)
+        files = Path(self.source).glob("text_encoder*/*.safetensors")
+        key = digest(self.source, stamps(sorted(files)), self.dtype, list(texts))
+        if cache:
+            path = Path(cache, f"prompts_{key}.bin")
+            size = path.stat().st_size - 8 if path.exists() else 0
+            # a whole file ends with the number of the bytes before
+            if size <= 0 or np.fromfile(path, "<i8", offset=size)[0] != size:
+                with replacing(path) as temporary, open(temporary, "wb") as file:
+                    for part in self.encode_prompts(texts, batch):
+                        file.write(part.view(torch.uint8).numpy())
+                    file.write(np.int64(file.tell()).tobytes())
+                size = path.stat().st_size - 8
+            rows = torch.from_file(str(path), size=size // self.dtype.itemsize, dtype=self.dtype)
+            rows = rows.view(len(texts), -1)
         else:
-            with replacing(path) if path else contextlib.nullcontext() as file:
-                rows = self.encode_prompts(texts, batch, file)
+            rows = torch.cat([*self.encode_prompts(texts, batch)])
         with needs(self.source):
             c = self.transformer_class.load_config(self.source, subfolder="transformer")
         P = self.adapter.pooled if self.adapter else c["pooled_projection_dim"]
@@ -486,21 +495,12 @@ class Backbone:
         return text.unflatten(1, (-1, c["joint_attention_dim"])), pooled
 
     @torch.no_grad()
-    def encode_prompts(self, texts, batch, file):
-        """Rows (N, T D + P), a prompt's text and pooled embedding; in memory, or in this file."""
+    def encode_prompts(self, texts, batch):
+        """Rows (B, T D + P) of each batch, a prompt's text and pooled embedding, on the CPU."""
         pipe = self.text_pipeline()
-        rows = None
         for k in range(0, len(texts), batch):
             text, pooled = self.embed(pipe, list(texts[k : k + batch]))
-            part = torch.cat([text.flatten(1), pooled], 1)
-            if rows is None:
-                size = len(texts) * part.shape[1]
-                rows = torch.empty(0 if file else size, dtype=self.dtype)
-                if file:
-                    rows = torch.from_file(str(file), True, size, dtype=self.dtype)
-                rows = rows.view(len(texts), -1)
-            rows[k : k + batch] = part
-        return rows
+            yield torch.cat([text.flatten(1), pooled], 1).to("cpu", self.dtype)
 
     def embed(self, pipe, texts):
         """Text (N, T, D), of one T for all texts, and pooled (N, P), by the pipeline's encoders."""
@@ -598,9 +598,7 @@ class Reward:
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        folder = model_folder(name, preset) if weights else None
-        if folder is None and name not in REWARDS:
-            fail(f"there is no reward {name}: pass {', '.join(REWARDS)} or an open_clip folder")
+        folder = reward_folder(name, preset) if weights else None
         source, pretrained = (f"local-dir:{folder}", None) if folder else REWARDS[name]
         # HPSv2's authors resize a tensor, the longest side to 224; all others resize a PIL image
         self.resizes_tensors = folder is None and name.startswith("hpsv2")
@@ -631,10 +629,10 @@ class Reward:
                     device=place,
                     force_preprocess_cfg=None if folder else looks,
                 )
-        if folder and (folder / "aesthetic_head.safetensors").exists():
-            self.head = aesthetic_head(load_file(folder / "aesthetic_head.safetensors"))
-        elif folder is None and name == "aesthetic":
-            self.head = aesthetic_head(published_head() if weights else None)
+            if folder and (folder / "aesthetic_head.safetensors").exists():
+                self.head = aesthetic_head(load_file(folder / "aesthetic_head.safetensors"))
+            elif folder is None and name == "aesthetic":
+                self.head = aesthetic_head(published_head() if weights else None)
         self.head = self.head and self.head.to(device)
         model = model.float().eval().requires_grad_(False)  # trap: it comes in train mode
         self.tokenizer = open_clip.get_tokenizer(source)
@@ -1036,9 +1034,8 @@ def load_values(files, backbone, rewards, resolution=None):
     """
     expect = dict(latent_space=backbone.latent_space())
     expect |= dict(resolution=resolution) if resolution else {}
-    maker = "03_finetune.py"
     pairs = zip(files, rewards, strict=True)
-    artifacts = [load_artifact(file, expect | dict(reward=r.name), maker) for file, r in pairs]
+    artifacts = [load_value_file(file, expect | dict(reward=r.name)) for file, r in pairs]
     cut = {}
     for artifact in sorted(artifacts, key=lambda a: -a["spec"]["i"]):  # the deepest cut first
         name = artifact["spec"]["backbone"]
@@ -1054,8 +1051,9 @@ def load_values(files, backbone, rewards, resolution=None):
     for file, reward, artifact in zip(files, rewards, artifacts, strict=True):
         spec = artifact["spec"]
         transformer = cut.get(spec["backbone"])
-        known = fingerprints(transformer if spec["front"] == "dit" else None, reward).items()
-        check_artifact(file, artifact, {k: v for k, v in known if k in spec}, maker)
+        read = transformer if spec["front"] == "dit" else None
+        known = fingerprints(read, [reward], spec["i"]).items()
+        check_artifact(file, artifact, {k: v for k, v in known if k in spec}, "03_finetune.py")
         try:
             values.append(build_value(artifact, transformer, reward))
         except RuntimeError as e:
@@ -1063,10 +1061,18 @@ def load_values(files, backbone, rewards, resolution=None):
     return values, artifacts
 
 
+def load_value_file(file, expect):
+    """The artefact of a value.pt."""
+    artifact = load_artifact(file, expect, "03_finetune.py")
+    if "front" not in artifact["spec"]:
+        fail(f"{file} is of {artifact.get('stage')}, no value model: make one with 03_finetune.py")
+    return artifact
+
+
 def read_value(source):
     """The artefact of a value.pt, or of a folder or hub repository that save() wrote."""
     if Path(source).is_file():
-        return load_artifact(source, {}, "03_finetune.py")
+        return load_value_file(source, {})
     with needs(str(source)):
         folder = Path(source)
         if not folder.is_dir():
@@ -1114,17 +1120,20 @@ def load_prompts(path, limit=None):
         elif kind == ".json":
             rows = json.loads(text)
             rows = rows["annotations"] if isinstance(rows, dict) else rows
+            if not isinstance(rows, list):
+                raise ValueError("no list")
         elif kind in (".jsonl", ".ndjson"):
             rows = [json.loads(line) for line in lines]
         elif kind in (".csv", ".tsv"):
-            rows = list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
+            file = io.StringIO(text, newline="")
+            rows = list(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","))
         else:
             raise ValueError(f"unknown suffix {kind}")
         rows = [row for row in map(prompt_row, rows) if row["prompt"]]
         if not rows:
             raise ValueError("empty")
         return rows[:limit]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except Exception as e:  # whatever a file of another kind makes its reader raise
         kinds = "a .txt, .json, .jsonl, .ndjson, .csv or .tsv file in UTF-8"
         fail(f"{path} is no list of prompts ({type(e).__name__}: {e}): pass {kinds}")
 
@@ -1194,29 +1203,71 @@ def write_images(folder, rows, images):
     from torchvision.io import write_png
 
     shutil.rmtree(folder, ignore_errors=True)  # another run's would be counted with these
-    for k, (row, samples) in enumerate(zip(rows, images, strict=True)):
-        place = Path(folder, f"{k:05d}")
-        (place / "samples").mkdir(parents=True, exist_ok=True)
-        (place / "metadata.jsonl").write_text(json.dumps(row))
-        for n, x in enumerate(samples):
-            write_png(x, str(place / "samples" / f"{n:04d}.png"))
+    with writing(folder):
+        for k, (row, samples) in enumerate(zip(rows, images, strict=True)):
+            place = Path(folder, f"{k:05d}")
+            (place / "samples").mkdir(parents=True, exist_ok=True)
+            (place / "metadata.jsonl").write_text(json.dumps(row))
+            for n, x in enumerate(samples):
+                write_png(x, str(place / "samples" / f"{n:04d}.png"))
+
+
+def read_image(path, size=None):
+    """A PIL image in RGB, turned as its EXIF says, transparency on white; size: its centre square.
+
+    ValueError for a side over 20 times the other and for pixels whose range is unknown.
+    """
+    image = Image.open(path)
+    if max(image.size) > 20 * min(image.size):
+        raise ValueError("{} x {} pixels, a side over 20 times the other".format(*image.size))
+    image.load()
+    with contextlib.suppress(Exception):  # broken notes of the camera leave the pixels good
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":  # trap: convert("RGB") clips 16-bit grey at 255
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"pixels of mode {image.mode}, whose range is unknown")
+        image = Image.fromarray((grey / 257).round().astype(np.uint8))
+    image = image.convert("RGBA")
+    if size:
+        image = ImageOps.fit(image, (size, size))
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def stamps(files):
+    """[(path, size, time)] of files: what changes with their content. One that is gone has none."""
+    found = []
+    for path in map(Path, files):
+        s = path.stat() if path.exists() else None
+        found.append((str(path), s and s.st_size, s and s.st_mtime_ns))
+    return found
 
 
 # ---------------------------------------------------------------------------- artefacts
+@contextlib.contextmanager
+def writing(path):
+    """What cannot be written at this path stops the run in a sentence."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, RuntimeError) as e:
+        # torch's writer has words of its own for a full or read-only disk
+        known = ("unexpected pos", "strerror", "iostream")
+        if not isinstance(e, OSError) and not any(word in str(e) for word in known):
+            raise
+        fail(f"{path} cannot be written, is the disk full or read-only? ({e})")
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A temporary name to write to, renamed to `path` at the end: no half file is ever left."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        # torch's writer says of a full disk that its position is unexpected
-        if not isinstance(e, OSError) and "unexpected pos" not in str(e):
-            raise
-        fail(f"{path} cannot be written, is the disk full or read-only? ({e})")
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1271,6 +1322,8 @@ def once(path, stage, spec, resume, work):
 def keep_or_drop(path, args):
     """Stop at what an unfinished run left, a file or a folder, unless a flag says what to do."""
     path = Path(path)
+    if args.resume and args.restart:
+        fail("--resume goes on and --restart drops: pass one of them")
     if not path.exists() or args.resume:
         return
     if not args.restart:
@@ -1309,9 +1362,11 @@ def check_artifact(path, artifact, expect, maker):
 def maker_command(path, expect, maker):
     """The command that makes an artefact anew."""
     out = Path(path).parent
+    flags = [f"--{k} {shlex.quote(str(expect[k]))}" for k in ("backbone", "reward") if k in expect]
     if out.suffix == ".parts" or maker[:2] in ("07", "08"):
         out = out.parent  # what a run keeps lies one folder deeper
-    flags = [f"--{k} {shlex.quote(str(expect[k]))}" for k in ("backbone", "reward") if k in expect]
+    if out != Path(path).parent or Path(path).suffix == ".train":
+        flags.append("--restart")  # without it the run stops at what is there
     return " ".join(["python", maker, "--out", shlex.quote(str(out)), *flags])
 
 
@@ -1367,7 +1422,7 @@ def within(kind, low, high=math.inf):
     return parse
 
 
-COUNT = within(int, 1)
+COUNT = within(int, 1, 2**31)
 WHOLE = within(int, 0, 2**63 - 1)
 POSITIVE = within(float, 1e-30)
 SHARE = within(float, 0, 1)
@@ -1430,8 +1485,8 @@ def parse_stage(p, presets, argv=None, writes="out"):
     if args.device == "auto":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_cuda else "cpu"
     try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        torch.zeros(1, device=args.device).item()
+    except Exception as e:  # each device has its own
         fail(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
     if args.resolution and args.resolution % 16:
         fail(f"--resolution {args.resolution}: latents are cut into patches of 16 pixels")
@@ -1442,7 +1497,13 @@ def parse_stage(p, presets, argv=None, writes="out"):
         print(f"drawing {world['data']} (once)", flush=True)
         subprocess.run([sys.executable, ROOT / world["maker"], ROOT / world["data"]], check=True)
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
-    claim(getattr(args, writes) or args.out, p.prog)
+    target = Path(getattr(args, writes) or args.out).absolute()
+    there = next(place for place in (target, *target.parents) if place.exists())
+    if not os.access(there, os.W_OK) or (there != target and not there.is_dir()):
+        fail(f"{target} cannot be written: pass another --{writes}")
+    claim(target, p.prog)
+    for name in getattr(args, "scorers", None) or ():
+        reward_folder(name, preset)
     torch.manual_seed(args.seed)
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it already
@@ -1457,7 +1518,8 @@ def claim(out, stage):
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     # one file for all runs: a byte of it is locked, whose place says which run it is
-    held = os.open(Path(tempfile.gettempdir(), "stitchvm.lock"), os.O_CREAT | os.O_RDWR, 0o666)
+    lock = Path(tempfile.gettempdir(), f"stitchvm.{os.getuid()}.lock")
+    held = os.open(lock, os.O_CREAT | os.O_RDWR)
     place = int(digest(stage, str(Path(out).resolve())), 16)
     try:
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
@@ -1495,6 +1557,14 @@ def model_folder(name, preset):
         names = ", ".join(sorted(known))
         fail(f"there is no {name}: --preset {preset} knows {names}; all else must be a folder")
     return None
+
+
+def reward_folder(name, preset):
+    """model_folder of a reward, which is named here unless it is a folder."""
+    folder = model_folder(name, preset)
+    if folder is None and name not in REWARDS:
+        fail(f"there is no reward {name}: pass {', '.join(REWARDS)} or an open_clip folder")
+    return folder
 
 
 def now(device):
@@ -1537,12 +1607,13 @@ def track(folder, name, step, row, images=None):
     """Add a row's numbers, and images uint8 (n, 3, H, W), to TensorBoard files; folder None: no."""
     if folder is None:
         return
-    writer = summary_writer(Path(folder, name))
-    for key, number in row.items():
-        if isinstance(number, float):
-            writer.add_scalar(key, number, step)
-    if images is not None:
-        writer.add_images("samples", images, step)
+    with writing(Path(folder, name)):
+        writer = summary_writer(Path(folder, name))
+        for key, number in row.items():
+            if isinstance(number, float):
+                writer.add_scalar(key, number, step)
+        if images is not None:
+            writer.add_images("samples", images, step)
     writer.flush()
 
 

@@ -21,13 +21,13 @@ def unclaimed(monkeypatch):
 
 @pytest.fixture
 def other_weights(monkeypatch):
-    """From its call on, transformers that are loaded differ in a weight of their first block."""
+    """From its call on, transformers that are loaded differ in a weight of their second block."""
     load = common.Backbone.load
 
     def loads_other(backbone, part, dtype):
         model = load(backbone, part, dtype)
         if part == "transformer":
-            model.transformer_blocks[0].attn.to_q.weight.data.neg_()
+            model.transformer_blocks[1].attn.to_q.weight.data.neg_()
         return model
 
     return lambda: monkeypatch.setattr(common.Backbone, "load", loads_other)

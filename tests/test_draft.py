@@ -593,7 +593,7 @@ def test_prompts_are_encoded_once_for_all_processes(loaded, monkeypatch, tmp_pat
     first = loaded()
     files = [*tmp_path.glob("prompts_*.bin")]
     size = sum(v[0].nbytes for v in first.condition)
-    assert [f.stat().st_size for f in files] == [(8 + 3) * size]
+    assert [f.stat().st_size for f in files] == [(8 + 3) * size + 8]  # its own size last
     assert {v.device.type for v in first.condition} == {"cpu"}
     monkeypatch.setattr(common.Backbone, "encode_prompts", None)
     second = loaded("--accumulate", 2, processes=2)
@@ -918,7 +918,7 @@ MISUSE = [
     ),
     (["--eval-limit", "1"], "1 held out"),
     (["--stop", "3", "11"], "--stop 3 11 must lie in order between 1 and --steps 10"),
-    (["--batch", "0"], "--batch: 0 does not lie between 1 and inf"),
+    (["--batch", "0"], "--batch: 0 does not lie between 1 and 2.14748e"),
     (["--steps", "1"], "--steps: 1 does not lie between 2 and inf"),
     (["--preset", "24gb"], "--train-prompts FILE and --eval-prompts FILE are needed"),
     (["--methods", "draft-1", "--resume"], "draft-1/07_draft.train does not exist"),

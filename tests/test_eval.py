@@ -425,7 +425,7 @@ def test_embed_batch(tmp_path):
         top, left = (h - side) // 2, (w - side) // 2
         x[top : top + side, left : left + side] = 50 * k
         Image.fromarray(x).save(tmp_path / f"{k}.png")
-    rows = [dict(image=tmp_path / f"{k}.png") for k in range(3)]
+    rows = [dict(image=tmp_path / f"{k}.png", name=f"{k}.png") for k in range(3)]
 
     def transform(image):
         return torch.tensor([image.width, image.height, 0.0])
@@ -576,8 +576,13 @@ def test_a_run_that_was_cut_off_goes_on(values, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "line, said",
     [
-        ('{"image": "a.png", "votes": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]}', "line 1 has no votes"),
-        ('{"image": "a.png", "texts": []}', "line 1 has no texts"),
+        ('{"image": "a.png", "votes": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]}', "line 1 has no good votes"),
+        ('{"image": "a.png", "votes": [1, 2, 3, 4, 5, 6, 7, 8, 9]}', "line 1 has no good votes"),
+        ('{"image": "a.png", "votes": [2, -1, 0, 0, 0, 0, 0, 0, 0, 0]}', "1 has no good votes"),
+        ('{"image": "a.png", "texts": []}', "line 1 has no good texts"),
+        ('{"image": "a.png", "texts": "a red circle"}', "line 1 has no good texts"),
+        ('{"image": "a.png", "texts": [null]}', "line 1 has no good texts"),
+        ('{"image": "b.png", "texts": ["x"]}', "line 1: there is no "),
         ('{"image": "a.png", "texts": ["x"], "group": 0, "rank": 1}', "alone in its list"),
     ],
 )
@@ -585,7 +590,22 @@ def test_rows_that_nothing_can_be_measured_on(tmp_path, line, said):
     """They would be NaN, or a division by zero after hours; blank lines are none."""
     (tmp_path / "b.jsonl").write_text("\ufeff" + line + "\r\n\r\n", encoding="utf-8")
     arguments_ = arguments([str(tmp_path / "b.jsonl")])
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert said in refusal(evaluate.load_benchmarks, arguments_, reward_of(True))
+
+
+def test_lists_in_pieces_and_files_of_one_name_are_refused(tmp_path):
+    """A list that --limit cuts is no list; the second file's rows would replace the first's."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = dict(image="a.png", texts=["x"], rank=1)
+    lines = [json.dumps(row | dict(group=group)) for group in (0, 1, 0, 1)]
+    first = tmp_path / "b.jsonl"
+    first.write_text("\n".join(lines))
+    asked = arguments([str(first)]), reward_of(True)
+    assert "do not follow each other" in refusal(evaluate.load_benchmarks, *asked)
+    first.write_text("\n".join(sorted(lines)))
+    asked = arguments([str(first), str(first)]), reward_of(True)
+    assert "two files of one name" in refusal(evaluate.load_benchmarks, *asked)
 
 
 def test_ranked_lists_and_votes(values, tmp_path):

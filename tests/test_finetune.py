@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -491,6 +492,9 @@ def test_an_unfinished_run_is_not_thrown_away(run):
     message = refusal(train, *flags)
     assert "third.train" in message and "--resume" in message and "--restart" in message
     assert left.read_text() == "of an unfinished run" and not (out / "third.pt").exists()
+    with pytest.raises(SystemExit, match="cache.pt does not fit this run"):
+        train(*flags, "--restart", "--resolution", 32)
+    assert left.exists()
     train(*flags, "--restart")
     assert (out / "third.pt").exists() and not left.exists()
 
@@ -516,7 +520,7 @@ def test_other_weights_in_the_same_folder_are_refused(run, other_weights):
     backbone = common.Backbone("sd3.5-medium")
     reward = common.Reward("clip")
     common.load_value(out / "fourth.pt", backbone, reward)
-    reward.visual.transformer.resblocks[-1].mlp.c_fc.weight.data.neg_()
+    reward.visual.conv1.weight.data.neg_()
     with pytest.raises(SystemExit, match="fourth.pt does not fit this run\n.*\n +reward_weights "):
         common.load_value(out / "fourth.pt", backbone, reward)
     other_weights()
@@ -554,6 +558,15 @@ def test_a_contrast_needs_the_whole_batch(run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "run it as one" in refusal(contrast)
     assert not (out / "noisyclip.pt").exists()
+
+
+def test_exploded_weights_of_noisyclip_are_not_written(run):
+    """Of the last step too, whose loss was of the weights before it."""
+    out, train = run
+    flags = ("--batch", 4, "--steps", 1, "--lr", "1e30", "--warmup", 0)
+    flags += ("--value", out / "exploded.pt")
+    assert "weights exploded by step 1" in refusal(partial(train, *flags, stage=noisyclip))
+    assert not (out / "exploded.pt").exists() and not (out / "exploded.train").exists()
 
 
 def test_noisyclip_resumed_gives_the_same_bits(run, one_thread, monkeypatch):

@@ -962,13 +962,17 @@ def test_the_spread_is_measured_once(out, monkeypatch):
     assert run(out, *argv)["rows"][0]["lambda_raw"] == 4
     args = SimpleNamespace(**record["config"])
     monkeypatch.setattr(fks, "perform", lambda *a: (None, torch.eye(2), None))
-    spread = partial(fks.reward_spread, None, args)
+    weights = {k: record["about"][k] for k in ("transformer", "reward_weights")}
+    spread = partial(fks.reward_spread, SimpleNamespace(weights=weights), args)
     assert spread(record["about"]["prompts"]) == 0.25
     for text in ("", path.read_text()[:-20], "[]", "{}", json.dumps(record | dict(spread=None))):
         path.write_text(text)
         assert spread(record["about"]["prompts"]) == pytest.approx(0.5**0.5)
     path.write_text(json.dumps(record))
     assert spread(["another prompt"]) == pytest.approx(0.5**0.5)
+    path.write_text(json.dumps(record))
+    weights["transformer"] = ["00000000"]
+    assert spread(record["about"]["prompts"]) == pytest.approx(0.5**0.5)
 
 
 def test_a_strength_in_units_of_the_reward(out):
@@ -1120,7 +1124,8 @@ MISUSE = {
     "--prompts nowhere.txt": "no file of prompts nowhere.txt",
     "--value a.pt b.pt": "names 2 files for the 1 rewards",
     "--value nowhere.pt": "nowhere.pt does not exist",
-    "--preset 24gb": "no file of prompts None",
+    "--preset 24gb --scorers clip": "no file of prompts None",
+    "--scorers clip beauty": "there is no beauty",
     "--reward ugly+clip": "no value model of ugly",
     "--resolution 128": "does not fit",
 }

@@ -1,6 +1,7 @@
 """People's files and habits: what they pass, break, fill and interrupt, in one sentence."""
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -36,7 +37,7 @@ def parse(*flags):
 @pytest.mark.parametrize(
     "kind, good, bad",
     [
-        (common.COUNT, ["1", "7"], ["0", "-4", "1.5", "x", "nan"]),
+        (common.COUNT, ["1", "7"], ["0", "-4", "1.5", "x", "nan", "9" * 30]),
         (common.WHOLE, ["0", "4611686018427387904"], ["-1", "9" * 30]),
         (common.POSITIVE, ["1e-5", "3"], ["0", "-1", "nan", "inf"]),
         (common.SHARE, ["0", "1", ".5"], ["-.1", "1.1", "nan"]),
@@ -50,10 +51,38 @@ def test_number_types(kind, good, bad):
             kind(text)
 
 
-def test_an_unknown_device_is_refused():
+@pytest.mark.parametrize("device", ["foo", "meta", "hpu"])
+def test_an_unknown_device_is_refused(device):
     parser = common.stage_parser("01_x.py", "x", {"mini": {}})
-    asked = {"mini": {}}, ["--device", "foo"]
-    assert "--device foo cannot be used here" in refusal(common.parse_stage, parser, *asked)
+    asked = {"mini": {}}, ["--device", device]
+    assert f"--device {device} cannot be used here" in refusal(common.parse_stage, parser, *asked)
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file/run")
+    assert f"{out} cannot be written: pass another --out" in refusal(parse, "--out", out)
+    parse("--out", str(tmp_path / "a/new/one"))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_scorer_that_nobody_knows_is_refused_before_the_work():
+    parser = common.stage_parser("05_x.py", "x", {"mini": {}})
+    parser.add_argument("--scorers", nargs="*")
+    asked = {"mini": {}}, ["--device", "cpu", "--scorers", "clip", "beauty"]
+    assert "there is no beauty" in refusal(common.parse_stage, parser, *asked)
+
+
+def test_resume_and_restart_exclude_each_other(tmp_path):
+    both = argparse.Namespace(resume=True, restart=True)
+    assert "pass one of them" in refusal(common.keep_or_drop, tmp_path / "x.train", both)
+
+
+@pytest.mark.parametrize("stage", ["04_eval_noisy", "05_dps", "06_fks"])
+def test_one_of_several_processes_does_the_work(stage, monkeypatch):
+    """The others would do it twice, and remove each other's files."""
+    monkeypatch.setenv("RANK", "1")
+    importlib.import_module(stage).main(None)
 
 
 @pytest.mark.parametrize("resolution", ["60", "72"])
@@ -169,3 +198,74 @@ def test_a_notebooks_backend_in_the_environment_breaks_no_figure(tmp_path):
     backend = dict(os.environ, MPLBACKEND="module://matplotlib_inline.backend_inline")
     done = subprocess.run([sys.executable, "-c", code], env=backend, capture_output=True, text=True)
     assert done.returncode == 0 and "wrote" in done.stdout and "warning" not in done.stdout
+
+
+# ---------------------------------------------------------------------------- files that are read
+@pytest.mark.parametrize(
+    "name, text, prompts",
+    [
+        ("a.csv", 'id,prompt\n1,"a cat\non a mat"\n2,a dog\n', ["a cat\non a mat", "a dog"]),
+        ("a.tsv", "Prompt\tn\na cat, a dog\t1\n", ["a cat, a dog"]),
+        ("a.json", '"abc"', None),
+        ("b.json", "[" * 100_000, None),
+        ("b.csv", f"prompt\n{'x' * 200_000}\n", None),
+    ],
+)
+def test_tables_of_prompts(tmp_path, name, text, prompts):
+    (tmp_path / name).write_text(text)
+    if prompts is None:
+        assert "is no list of prompts" in refusal(common.load_prompts, tmp_path / name)
+    else:
+        assert [row["prompt"] for row in common.load_prompts(tmp_path / name)] == prompts
+
+
+def test_a_damaged_file_of_embeddings_is_made_anew(tmp_path):
+    """Half of it would be other prompts' embeddings, zeros none."""
+    texts = ["a red circle", "a blue star", "two green rings"]
+    backbone = common.Backbone("sd3.5-medium")
+    expected = [v.clone() for v in backbone.prompts(texts, tmp_path)]
+    (file,) = tmp_path.glob("prompts_*.bin")
+    whole = file.read_bytes()
+    for broken in (b"", whole[: len(whole) // 2], whole[:-3], whole * 2, bytes(len(whole))):
+        file.write_bytes(broken)
+        found = backbone.prompts(texts, tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert file.read_bytes() == whole
+
+
+def test_a_stitch_is_no_value(values, tmp_path):
+    artifact = torch.load(values["clip"], weights_only=True)
+    artifact["stage"] = "02_fit_stitch"
+    del artifact["spec"]["front"]
+    torch.save(artifact, tmp_path / "stitch.pt")
+    message = refusal(common.StitchedValue.load, tmp_path / "stitch.pt")
+    assert "stitch.pt is of 02_fit_stitch, no value model" in message
+
+
+@pytest.mark.parametrize("mode, size", [("RGB", (3000, 1)), ("F", (8, 8)), ("I", (8, 8))])
+def test_pictures_that_are_none_are_named(mode, size, tmp_path):
+    """By the one reader of 01 and 04."""
+    image = Image.new(mode, size)
+    if mode == "I":
+        image.putpixel((0, 0), 70_000)
+    image.save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="pixels"):
+        common.read_image(tmp_path / "x.tif")
+
+
+# ---------------------------------------------------------------------------- files written
+def test_images_and_logs_that_cannot_be_written_are_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    images = [dict(prompt="x")], [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)]
+    assert "cannot be written" in refusal(common.write_images, tmp_path / "file/05_images", *images)
+    row = dict(loss=1.0)
+    assert "cannot be written" in refusal(common.track, tmp_path / "file/logs", "03", 1, row)
+
+
+@pytest.mark.parametrize("said", ["strerror: Read-only file system", "basic_ios::clear: iostream"])
+def test_torchs_words_for_a_disk_that_takes_nothing(tmp_path, said):
+    def write():
+        with common.replacing(tmp_path / "a.pt"):
+            raise RuntimeError(said)
+
+    assert "read-only" in refusal(write)

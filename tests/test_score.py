@@ -90,6 +90,17 @@ def test_geneval_looks_at_the_pixels(tmp_path):
     assert score.score_folder(scorer, rows, 1).tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("prompt", ["a photo of a cat", "a red circle left of"])
+def test_a_free_prompt_leaves_genevals_cell_empty(prompt, tmp_path, capsys):
+    """It says why, and the next scorer has its column."""
+    image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    common.write_images(tmp_path, [dict(prompt=p) for p in (PROMPTS[0], prompt)], [image] * 2)
+    run(tmp_path, "--scorers", "geneval", "clip", "--out", tmp_path / "s.json")
+    assert "no column geneval: a prompt is none of the miniature's" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert "geneval" not in row and row["clip"] is not None
+
+
 def test_published_geneval_has_its_own_evaluation(folder, capsys):
     run(folder, "--scorers", "geneval", "--preset", "paper")
     said = capsys.readouterr().out.splitlines()[0]

@@ -133,7 +133,10 @@ def geneval(images, prompts):
     from draw import check
 
     pairs = zip(images.permute(0, 2, 3, 1).numpy(), prompts, strict=True)
-    return torch.tensor([check(image, prompt) for image, prompt in pairs])
+    try:
+        return torch.tensor([check(image, prompt) for image, prompt in pairs])
+    except ValueError as e:
+        raise common.Unavailable(f"a prompt is none of the miniature's: {e}") from e
 
 
 def clean(reward, images, prompts):

@@ -78,23 +78,23 @@ def load_captions(path, names):
     """One list of captions for each image name, from a COCO-style file."""
     if not Path(path).exists():
         fail(f"NoisyCLIP trains on captions: {path} does not exist; pass a file with --captions")
-    coco = json.loads(Path(path).read_text())
-    name_of = {image["id"]: image["file_name"] for image in coco["images"]}
     captions = {}
-    for a in coco["annotations"]:
-        captions.setdefault(name_of[a["image_id"]], []).append(a["caption"])
+    try:
+        coco = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        name_of = {image["id"]: image["file_name"] for image in coco["images"]}
+        for a in coco["annotations"]:
+            captions.setdefault(name_of[a["image_id"]], []).append(a["caption"].strip())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        fail(f"{path} is no file of captions as COCO's ({type(e).__name__}: {e})")
     if missing := [name for name in names if name not in captions]:
         count = f"{len(missing)} of the {len(names)} training images"
         fail(f"{path} has no caption for {count}, {missing[0]} for one")
     return [captions[name] for name in names]
 
 
-def load_shards(out, shards):
+def load_shards(out, shards, spec=()):
     """Dataset of (z_0,) of all training images, memory-mapped, and their names."""
-    files = [Path(out, shard["file"]) for shard in shards]
-    if missing := [file for file in files if not file.exists()]:
-        fail(f"{missing[0]} is missing; make it with: python 01_cache_features.py --out {out}")
-    parts = [torch.load(file, weights_only=True, mmap=True) for file in files]
+    parts = finetune.read_shards(out, shards, spec)
     names = [name for part in parts for name in part["names"]]
     return ConcatDataset([TensorDataset(part["z0"]) for part in parts]), names
 
@@ -144,6 +144,8 @@ def train(args, model, optimizer, latents, texts, captions, scale, run, checkpoi
             good = checkpoint if checkpoint.exists() else "the stitch"
             fail(f"NaN or infinite by step {step + 1}: lower --lr; the last good state is {good}")
         total = 0
+        if not all(w.isfinite().all() and w.abs().max() < 100 for w in weights.values()):
+            fail(f"the weights exploded by step {step + 1}: lower --lr")
         last = dict(step=step + 1, seconds=round(now(texts.device) - begin, 2), loss=mean)
         rows.append(last)
         if saves:
@@ -163,7 +165,7 @@ def main(args):
     cache, stitch, reward, model, optimizer = finetune.load(args)
     if reward.head is not None:
         fail(f"{args.reward} has no text tower to train NoisyCLIP against")
-    latents, names = load_shards(args.out, cache["data"]["shards"])
+    latents, names = load_shards(args.out, cache["data"]["shards"], cache["spec"])
     captions = load_captions(args.captions, names)
     texts = sorted({caption for several in captions for caption in several})
     row = {caption: k for k, caption in enumerate(texts)}
