@@ -1415,7 +1415,7 @@ def within(kind, low, high=math.inf):
     def parse(text):
         x = kind(text)
         if not low <= x <= high or math.isinf(x):
-            raise argparse.ArgumentTypeError(f"{text} does not lie between {low:g} and {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} does not lie between {low:,} and {high:,}")
         return x
 
     parse.__name__ = kind.__name__  # argparse's word for what is no number at all

@@ -918,7 +918,7 @@ MISUSE = [
     ),
     (["--eval-limit", "1"], "1 held out"),
     (["--stop", "3", "11"], "--stop 3 11 must lie in order between 1 and --steps 10"),
-    (["--batch", "0"], "--batch: 0 does not lie between 1 and 2.14748e"),
+    (["--batch", "0"], "--batch: 0 does not lie between 1 and 2,147,483,648"),
     (["--steps", "1"], "--steps: 1 does not lie between 2 and inf"),
     (["--preset", "24gb"], "--train-prompts FILE and --eval-prompts FILE are needed"),
     (["--methods", "draft-1", "--resume"], "draft-1/07_draft.train does not exist"),

@@ -864,8 +864,8 @@ MISUSE = [
     (["--images", "1"], "--images: 1 does not lie between 2 and inf"),
     (["--stop", "12", "30"], "--stop 12 30 must lie in order"),
     (["--stop", "3", "2"], "--stop 3 2 must lie in order"),
-    (["--stop", "0", "2"], "--stop: 0 does not lie between 1 and 2.14748e"),
-    (["--updates", "0"], "--updates: 0 does not lie between 1 and 2.14748e"),
+    (["--stop", "0", "2"], "--stop: 0 does not lie between 1 and 2,147,483,648"),
+    (["--updates", "0"], "--updates: 0 does not lie between 1 and 2,147,483,648"),
     (
         ["--value", "nowhere.pt"],
         "there is no value model of clip: nowhere.pt does not exist.*03_finetune.py --reward clip",
