@@ -314,7 +314,7 @@ def main(args):
         fail(f"--batch {args.batch} cannot be shared equally by {processes} processes")
     cache, stitch, reward, model, optimizer = load(args)
     if accelerator.is_main_process or not args.restart:
-        keep_or_drop(checkpoint, args)
+        keep_or_drop(checkpoint, args, path)
     data = training_images(args.out, cache["data"]["shards"], reward, cache["spec"])
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
     run = vars(args) | dict.fromkeys(FREE) | dict(stitch=stitch["id"], steps=steps)

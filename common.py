@@ -1319,9 +1319,12 @@ def once(path, stage, spec, resume, work):
     return load_artifact(path, spec, f"{stage}.py")["data"]
 
 
-def keep_or_drop(path, args):
-    """Stop at what an unfinished run left, a file or a folder, unless a flag says what to do."""
+def keep_or_drop(path, args, finished=None):
+    """Stop at what an unfinished run left, a file or a folder, unless a flag says what to do; and
+    at what a finished one made, which is kept until it is replaced."""
     path = Path(path)
+    if finished and finished.exists() and not (args.resume or args.restart):
+        fail(f"{finished} is trained already: make it anew with --restart, or pass another --value")
     if args.resume and args.restart:
         fail("--resume goes on and --restart drops: pass one of them")
     if not path.exists() or args.resume:

@@ -391,11 +391,21 @@ def test_two_processes_are_one(run):
 def test_accelerate_launches_two_processes(run):
     """Where there are no cards, its --multi_gpu starts two processes on the CPU."""
     out, train = run
-    train("--batch", 16)
+    train("--batch", 16, "--restart")
     wanted = logged(out)
     launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
     launch += " --mixed_precision no --dynamo_backend no --main_process_port 0 03_finetune.py"
-    command = [sys.executable, "-m", *launch.split(), *FEW, "--out", str(out), "--batch", "16"]
+    command = [
+        sys.executable,
+        "-m",
+        *launch.split(),
+        *FEW,
+        "--out",
+        str(out),
+        "--batch",
+        "16",
+        "--restart",
+    ]
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(common.ROOT))
     done = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -435,18 +445,18 @@ def test_the_transformer_is_cut_before_it_is_moved(run, monkeypatch):
 def test_parts_of_a_batch_are_the_batch(run):
     """Gradients of parts of 6, 6 and 4 images add up to those of 16."""
     out, train = run
-    train("--batch", 16)
+    train("--batch", 16, "--restart")
     whole = logged(out)
-    train("--batch", 16, "--micro-batch", 6)
+    train("--batch", 16, "--micro-batch", 6, "--restart")
     assert_same(logged(out), whole)
 
 
 def test_targets_are_the_same_computed_or_in_memory(run, monkeypatch):
     out, train = run
-    train("--batch", 16)
+    train("--batch", 16, "--restart")
     whole = logged(out)
     monkeypatch.setattr(finetune, "KEPT_TARGETS", 0)
-    train("--batch", 16)
+    train("--batch", 16, "--restart")
     assert_same(logged(out), whole)
 
 
@@ -497,6 +507,7 @@ def test_an_unfinished_run_is_not_thrown_away(run):
     assert left.exists()
     train(*flags, "--restart")
     assert (out / "third.pt").exists() and not left.exists()
+    assert "third.pt is trained already" in refusal(train, *flags)
 
 
 def test_a_stitch_of_another_cache_is_refused(run, tmp_path):
@@ -573,7 +584,7 @@ def test_noisyclip_resumed_gives_the_same_bits(run, one_thread, monkeypatch):
     """Stopped after its first checkpoint; the artefact is one that 04 reads."""
     out, train = run
     flags = ("--batch", 8, "--ema", 0.9, "--save-every", 1)
-    train(*flags, "--value", out / "whole.pt", stage=noisyclip)
+    train(*flags, "--value", out / "whole_clip.pt", stage=noisyclip)
     half = out / "half.pt"
     write = noisyclip.save_training
 
@@ -587,7 +598,7 @@ def test_noisyclip_resumed_gives_the_same_bits(run, one_thread, monkeypatch):
             train(*flags, "--value", half, stage=noisyclip)
     assert half.with_suffix(".train").exists() and not half.exists()
     train(*flags, "--value", half, "--resume", stage=noisyclip)
-    whole, resumed = (torch.load(p, weights_only=True) for p in (out / "whole.pt", half))
+    whole, resumed = (torch.load(p, weights_only=True) for p in (out / "whole_clip.pt", half))
     spec = dict(front="vae", embedding="unit", objective="noisyclip")
     assert spec.items() <= resumed["spec"].items() and not half.with_suffix(".train").exists()
     states = [artifact["data"]["state"] for artifact in (whole, resumed)]

@@ -161,7 +161,7 @@ def main(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("NoisyCLIP contrasts the whole batch, which several processes lack: run it as one")
     path = Path(args.value)
-    keep_or_drop(path.with_suffix(".train"), args)
+    keep_or_drop(path.with_suffix(".train"), args, path)
     cache, stitch, reward, model, optimizer = finetune.load(args)
     if reward.head is not None:
         fail(f"{args.reward} has no text tower to train NoisyCLIP against")

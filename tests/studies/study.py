@@ -6,6 +6,7 @@ Run     python tests/studies/study.py selection      choices of 03, on the tunin
         python tests/studies/study.py fks            06: N and M, lambda, proposals, Large
         python tests/studies/study.py draft          07: three seeds at equal work, other methods
         python tests/studies/study.py nft            08: three seeds at equal work, stop windows
+        python tests/studies/study.py ranking        what a value says within a prompt
         python tests/studies/study.py counts         dry runs beside the paper's measurements
         python tests/studies/study.py ladder         dry runs of all stages: what fits which card
         python tests/studies/study.py readme         every table and figure of the pages
@@ -49,7 +50,8 @@ VARIANTS = {
 def run(script, *flags):
     """Run a script with these flags in one thread; its standard output."""
     command = [sys.executable, script, *map(str, flags)]
-    if script[:2] in ("03", "04", "05", "06", "07", "08") and "--dry-run" not in flags:
+    stages = ("03", "04", "05", "06", "07", "08", "tests/studies/noisyclip")
+    if script.startswith(stages) and "--dry-run" not in flags:
         command.append("--restart")  # what a study left that was cut off is of no use
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -259,6 +261,14 @@ def comparisons(stage):
     return jobs | {"gradient": ("tests/studies/gradient.py", signal)}
 
 
+def ranking():
+    """How clip's value ranks the samples of one prompt, on tuning prompts."""
+    out = STUDY / "ranking"
+    value = "runs/mini/sd3.5-medium_clip/value.pt"
+    run("tests/studies/ranking.py", "--values", value, "--out", out)
+    write("ranking", read(out / "ranking.json"))
+
+
 def compare(stage, jobs, only):
     tasks = comparisons(stage)
     if wrong := set(only or ()) - set(tasks):
@@ -325,8 +335,8 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = ("selection", "table", "dps", "fks", "draft", "nft", "counts", "ladder", "readme")
-    p.add_argument("what", choices=known)
+    known = ("selection", "table", "dps", "fks", "draft", "nft", "ranking", "counts", "ladder")
+    p.add_argument("what", choices=(*known, "readme"))
     p.add_argument("--backbone", nargs="+", default=BACKBONES, choices=BACKBONES, help="of table")
     p.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS, help="of table and dps")
     p.add_argument("--only", nargs="+", metavar="NAME", help="of fks, draft and nft: these jobs")
@@ -339,6 +349,8 @@ def main():
         table(args.jobs, args.backbone, args.reward)
     elif args.what == "dps":
         dps(args.jobs, args.reward)
+    elif args.what == "ranking":
+        ranking()
     elif args.what == "counts":
         counts(args.jobs)
     elif args.what == "ladder":
