@@ -598,7 +598,7 @@ class Reward:
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        folder = reward_folder(name, preset) if weights else None
+        folder = reward_folder(name, preset if weights else "paper")
         source, pretrained = (f"local-dir:{folder}", None) if folder else REWARDS[name]
         # HPSv2's authors resize a tensor, the longest side to 224; all others resize a PIL image
         self.resizes_tensors = folder is None and name.startswith("hpsv2")
