@@ -536,9 +536,11 @@ def main(args):
     files = [Path(args.out, method, "08_nft.train") for method in methods]
     if args.resume and not any(file.exists() for file in files):
         fail(f"{files[0]} does not exist; start without --resume")
-    run = load(args, accelerator)
-    for file in files if accelerator.is_main_process or not args.restart else ():
+    for file in files if not args.restart else ():
         keep_or_drop(file, args)
+    run = load(args, accelerator)
+    for file in files if args.restart and accelerator.is_main_process else ():
+        keep_or_drop(file, args)  # now that the run is known to start
     states = [train(method, run, args) for method in methods]
     if not run.accelerator.is_main_process:
         return
