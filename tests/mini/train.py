@@ -75,14 +75,13 @@ def signed(images):
 # ---------------------------------------------------------------------------- one training loop
 def optimizers(models, lr, weight_decay, muon):
     """AdamW; with muon, Muon (torch.optim) for the matrices of a transformer's blocks."""
-    named = list(models.named_parameters())
-    hidden = [p for k, p in named if muon and "blocks." in k and p.ndim == 2]
-    chosen = {id(p) for p in hidden}
-    rest = [p for _, p in named if id(p) not in chosen]
+    named = dict(models.named_parameters())
+    hidden = {k: p for k, p in named.items() if muon and "blocks." in k and p.ndim == 2}
+    rest = [p for k, p in named.items() if k not in hidden]
     fixed = dict(lr=lr, weight_decay=weight_decay)
     found = [torch.optim.AdamW(rest, betas=(0.9, 0.98), fused=True, **fixed)]
     if muon:  # its updates are scaled to AdamW's, so that one rate serves both
-        found.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **fixed))
+        found.append(torch.optim.Muon(hidden.values(), adjust_lr_fn="match_rms_adamw", **fixed))
     return found
 
 
@@ -700,9 +699,8 @@ def train_flow(work, name, models, world, seed, steps, lr=1e-3, teacher=None, sn
         means = (vae.encode(signed(i)).latent_dist.mean.float() for i in images.split(200))
         z0 = torch.cat([(mean - shift) * scale for mean in means])
     del images
-    for name_of, module in transformer.named_children():
-        for block in module if name_of.endswith("transformer_blocks") else ():
-            block.compile()
+    for block in common.dit_blocks(transformer):
+        block.compile()
 
     def loss_fn(step, generator):
         k = pick(generator, len(z0), batch)
