@@ -202,7 +202,7 @@ def check_rows(rows, kind):
         if not row["image"].exists():
             raise ValueError(f"line {n}: there is no {row['image']}")
     changes = [k for k, row in enumerate(rows) if groups and row["group"] != rows[k - 1]["group"]]
-    if len(changes) > max(len(groups), 1):
+    if len(changes) > len(groups):
         raise ValueError("the images of a list do not follow each other")
 
 

@@ -144,7 +144,7 @@ def train(args, model, optimizer, latents, texts, captions, scale, run, checkpoi
             good = checkpoint if checkpoint.exists() else "the stitch"
             fail(f"NaN or infinite by step {step + 1}: lower --lr; the last good state is {good}")
         total = 0
-        if not all(w.isfinite().all() and w.abs().max() < 100 for w in weights.values()):
+        if not all(w.abs().max() < 100 for w in weights.values()):  # nor is NaN
             fail(f"the weights exploded by step {step + 1}: lower --lr")
         last = dict(step=step + 1, seconds=round(now(texts.device) - begin, 2), loss=mean)
         rows.append(last)
