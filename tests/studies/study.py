@@ -49,7 +49,8 @@ VARIANTS = {
 
 def run(script, *flags):
     """Run a script with these flags in one thread; its standard output."""
-    command = [sys.executable, script, *map(str, flags)]
+    # tables keep the command: paths from the project's root, where it runs
+    command = [sys.executable, script, *(str(f).removeprefix(f"{ROOT}/") for f in flags)]
     stages = ("03", "04", "05", "06", "07", "08", "tests/studies/noisyclip")
     if script.startswith(stages) and "--dry-run" not in flags:
         command.append("--restart")  # what a study left that was cut off is of no use
