@@ -1,5 +1,8 @@
 """The rules of the studies: which strength, how many steps for equal work, what work was saved."""
 
+import json
+from types import SimpleNamespace
+
 import pages
 import pytest
 import study
@@ -72,3 +75,22 @@ def test_studies_name_flags_that_exist():
                 assert args.out == f"runs/{name}"
     for flags in study.VARIANTS.values():
         importlib.import_module("03_finetune").parse_args([*map(str, (*study.SHORT, *flags))])
+
+
+def test_what_was_measured_on_todays_models_stands(monkeypatch, tmp_path):
+    """A result's commit, of a changed tree too, comes after the one that last changed a model."""
+
+    def git(command, *rest):
+        if command == "log":
+            return SimpleNamespace(stdout="models\n")
+        assert rest[:2] == ("--is-ancestor", "models")
+        return SimpleNamespace(returncode=0 if rest[2] == "after" else 1)
+
+    monkeypatch.setattr(study, "git", git)
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    for commit in ("before", "after", "after+changes"):
+        table = dict(rows=[], provenance=dict(commit=commit))
+        (tmp_path / f"{commit}.json").write_text(json.dumps(table))
+    names = ["before", "after", "after+changes", "missing"]
+    assert study.unless_kept(names, keep=True) == ["before", "missing"]
+    assert study.unless_kept(names, keep=False) == names

@@ -133,7 +133,7 @@ def calibration():
 def selection():
     head = ["", *(f"R@1 {s}" for s in SIGMAS), *(f"error {s}" for s in SIGMAS)]
     rows = []
-    for r in read("selection"):
+    for r in read("selection")["rows"]:
         shares = [f"{100 * r[f'value {s}']:.1f}" for s in SIGMAS]
         rows.append([r["variant"], *shares, *(f"{r[f'value_mse {s}']:.4f}" for s in SIGMAS)])
     return markdown(head, rows)

@@ -6,7 +6,8 @@ Run     python tests/studies/study.py selection      choices of 03, on the tunin
         python tests/studies/study.py fks            06: N and M, lambda, proposals, Large
         python tests/studies/study.py draft          07: three seeds at equal work, other methods
         python tests/studies/study.py nft            08: three seeds at equal work, stop windows
-        python tests/studies/study.py ranking        what a value says within a prompt
+        python tests/studies/study.py ranking        what a value says within a prompt, and why
+        python tests/studies/study.py all            all of these, but for what still stands
         python tests/studies/study.py counts         dry runs beside the paper's measurements
         python tests/studies/study.py ladder         dry runs of all stages: what fits which card
         python tests/studies/study.py readme         every table and figure of the pages
@@ -76,13 +77,40 @@ def write(name, table):
     (RESULTS / f"{name}.json").write_text(json.dumps(table, indent=1))
 
 
+def git(*command):
+    return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
+
+
+def unless_kept(names, keep):
+    """The names of results to measure: with keep without those measured on today's models."""
+    models = git("log", "-1", "--format=%H", "--", "tests/mini/*.safetensors").stdout.strip()
+
+    def stands(name):
+        path = RESULTS / f"{name}.json"
+        if not (keep and path.exists()):
+            return False
+        commit = read(path)["provenance"]["commit"].removesuffix("+changes")
+        return git("merge-base", "--is-ancestor", models, commit).returncode == 0
+
+    return [name for name in names if not stands(name)]
+
+
 def value_of(reward, backbone="sd3.5-medium"):
     return ("--reward", reward, "--value", f"runs/mini/{backbone}_{reward}/value.pt")
 
 
+def make_value(reward, backbone="sd3.5-medium"):
+    """01 to 03 of a pair whose value is not there."""
+    if not (ROOT / f"runs/mini/{backbone}_{reward}/value.pt").exists():
+        for script in ("01_cache_features.py", "02_fit_stitch.py", "03_finetune.py"):
+            run(script, "--backbone", backbone, "--reward", reward)
+
+
 # ---------------------------------------------------------------------------- 01 to 04
-def selection(jobs):
+def selection(jobs, keep=False):
     """Every variant of 03, from one cache, judged on the tuning split."""
+    if not unless_kept(["selection"], keep):
+        return
     out = STUDY / "selection"
     run("01_cache_features.py", "--out", out)
     run("02_fit_stitch.py", "--out", out)
@@ -94,43 +122,46 @@ def selection(jobs):
         flags = ("--value", value, "--methods", "stitchvm", "--benchmarks", f"{TUNE}/coco.jsonl")
         folder.mkdir(exist_ok=True)
         run("04_eval_noisy.py", "--out", folder, *flags)
+        measured = read(folder / "04_eval_noisy.json")
         found = {"variant": name}
-        for r in read(folder / "04_eval_noisy.json")["rows"]:
+        for r in measured["rows"]:
             if r["method"] == "stitchvm" and r["metric"] == "recall@1_i2t":
                 found |= {f"{k} {r['sigma']}": r[k] for k in ("value", "value_mse", "slope")}
-        return found
+        return found, measured["provenance"]
 
-    write("selection", side_by_side(train, VARIANTS, jobs))
+    rows, provenances = zip(*side_by_side(train, VARIANTS, jobs), strict=True)
+    write("selection", dict(rows=rows, provenance=provenances[0]))
 
 
-def table(jobs, backbones, rewards):
+def table(jobs, backbones, rewards, keep=False):
     """01 to 04 with both baselines for each pair, and a Medium value on Large's latents."""
 
-    def one(pair):
-        backbone, reward = pair
+    def one(task):
+        backbone, reward, name = task
         is_main = backbone == "sd3.5-medium"
-        flags = ("--backbone", backbone, "--reward", reward)
+        pair = ("--backbone", backbone, "--reward", reward)
         for script in ("01_cache_features.py", "02_fit_stitch.py", "03_finetune.py"):
-            run(script, *flags)
+            run(script, *pair)
         if backbone != "sd3.5-large":  # its VAE is Medium's, and so is its VAE stitch
-            run("03_finetune.py", *flags, "--front", "vae")
+            run("03_finetune.py", *pair, "--front", "vae")
         if is_main and reward != "aesthetic":
-            run("tests/studies/noisyclip.py", *flags)
-        run(
-            "04_eval_noisy.py",
-            *flags,
-            *(() if is_main else ("--methods", "stitchvm", "vae-stitch")),
-        )
-        name = reward if is_main else f"{backbone}_{reward}"
+            run("tests/studies/noisyclip.py", *pair)
+        methods = () if is_main else ("--methods", "stitchvm", "vae-stitch")
+        run("04_eval_noisy.py", *pair, *methods)
         for stage in ("02_fit_stitch", "04_eval_noisy"):
-            write(f"{stage[:2]}_{name}", read(ROOT / f"runs/mini/{backbone}_{reward}/{stage}.json"))
+            found = read(ROOT / f"runs/mini/{backbone}_{reward}/{stage}.json")
+            write(f"{stage[:2]}_{name}", found)
 
-    side_by_side(one, product(backbones, rewards), jobs)
-    for reward in rewards if {"sd3.5-medium", "sd3.5-large"} <= set(backbones) else ():
-        out = STUDY / f"medium-on-large_{reward}"
-        flags = ("--backbone", "sd3.5-large", "--out", out, "--methods", "stitchvm")
+    names = {p: f"{p[0]}_{p[1]}".removeprefix("sd3.5-medium_") for p in product(backbones, rewards)}
+    todo = unless_kept([f"04_{name}" for name in names.values()], keep)
+    side_by_side(one, [(*p, name) for p, name in names.items() if f"04_{name}" in todo], jobs)
+    both = {"sd3.5-medium", "sd3.5-large"} <= set(backbones)
+    for name in unless_kept([f"04_medium-on-large_{r}" for r in rewards if both], keep):
+        reward = name.split("_")[-1]
+        make_value(reward)
+        flags = ("--backbone", "sd3.5-large", "--out", STUDY / name, "--methods", "stitchvm")
         run("04_eval_noisy.py", *value_of(reward), *flags)
-        write(f"04_medium-on-large_{reward}", read(out / "04_eval_noisy.json"))
+        write(name, read(STUDY / name / "04_eval_noisy.json"))
 
 
 # ---------------------------------------------------------------------------- 05
@@ -212,14 +243,17 @@ def guided(name, reward, *window):
     write(name, found | dict(rows=rows, chosen=chosen, chosen_equal_work=chosen_again))
 
 
-def dps(jobs, rewards):
+def dps(jobs, rewards, keep=False):
     windows = (("above", "--guide-to"), ("below", "--guide-from"))
-    tasks = [(f"05_{r}", r) for r in rewards]
-    tasks += [(f"05_{rewards[0]}-{name}", rewards[0], flag, 0.5) for name, flag in windows]
-    side_by_side(lambda task: guided(*task), tasks, jobs)
-    import figures
+    tasks = {f"05_{r}": (r,) for r in rewards}
+    tasks |= {f"05_{rewards[0]}-{name}": (rewards[0], flag, 0.5) for name, flag in windows}
+    todo = unless_kept(tasks, keep)
+    side_by_side(make_value, {tasks[name][0] for name in todo}, jobs)
+    side_by_side(lambda name: guided(name, *tasks[name]), todo, jobs)
+    if f"05_{rewards[0]}" in todo:
+        import figures
 
-    figures.strip(STUDY / f"05_{rewards[0]}/report")
+        figures.strip(STUDY / f"05_{rewards[0]}/report")
 
 
 # ---------------------------------------------------------------------------- 06 to 08
@@ -262,15 +296,7 @@ def comparisons(stage):
     return jobs | {"gradient": ("tests/studies/gradient.py", signal)}
 
 
-def ranking():
-    """How clip's value ranks the samples of one prompt, on tuning prompts."""
-    out = STUDY / "ranking"
-    value = "runs/mini/sd3.5-medium_clip/value.pt"
-    run("tests/studies/ranking.py", "--values", value, "--out", out)
-    write("ranking", read(out / "ranking.json"))
-
-
-def compare(stage, jobs, only):
+def compare(stage, jobs, only=None, keep=False):
     tasks = comparisons(stage)
     if wrong := set(only or ()) - set(tasks):
         known = ", ".join(tasks)
@@ -284,7 +310,78 @@ def compare(stage, jobs, only):
             run("tests/published/score.py", path, "--scorers", "geneval")
         write(name, read(path))
 
-    side_by_side(one, only or tasks, jobs)
+    todo = unless_kept(only or tasks, keep)
+    backbones = {"sd3.5-large"} if "06_large-by-large" in todo else set()
+    side_by_side(lambda b: make_value("clip", b), backbones | {"sd3.5-medium"}, jobs)
+    side_by_side(one, todo, jobs)
+
+
+# ---------------------------------------------------------------------------- a value that ranks
+LONG = ("--steps", 11700)  # four times 03's
+LEVERS = {  # {name: (training images, flags of 02, flags of 03)}
+    "as it is": ("drawn", (), ()),
+    "30,000 drawn": ("more", (), ("--epochs", 3)),
+    "generated": ("generated", (), ("--steps", 2925)),
+    "later i": ("drawn", ("--i", 5, "--j", 1), ()),
+    "four times as long": ("drawn", (), LONG),
+    "four times, 30,000 drawn": ("more", (), LONG),
+    "four times, generated": ("generated", (), LONG),
+}
+
+
+def training_images(kind):
+    """A folder of 8,000 drawn images, of 30,000 more, or of 8,000 that the generator made."""
+    import draw
+
+    data = ROOT / "tests/mini/data"
+    root = STUDY / "ranking" / kind
+    if kind == "drawn":
+        return data / "train"
+    if kind == "more" and not (root / "train_captions.json").exists():
+        draw.write_training(root, 30000, seed=1)
+    if kind == "generated" and not (root / "05_dps.json").exists():
+        captions = read(data / "train_captions.json")["annotations"][::3]
+        prompts = STUDY / "ranking/captions.txt"
+        prompts.write_text("\n".join(row["caption"] for row in captions))
+        flags = ("--methods", "flow", "--steps", 20, "--batch", 100, "--scorers", "--save-images")
+        many = ("--prompts", prompts, "--limit", len(captions))
+        run("05_dps.py", *value_of("clip"), *many, *flags, "--out", root)
+    return root
+
+
+def ranking(jobs, keep=False):
+    """How well clip's value ranks the samples of one prompt, on tuning prompts, by lever."""
+    if not unless_kept(["ranking"], keep):
+        return
+    make_value("clip")
+    folders = {kind: training_images(kind) for kind, *_ in LEVERS.values()}
+
+    def train(name):
+        kind, fit, flags = LEVERS[name]
+        out = STUDY / "ranking" / name.replace(",", "").replace(" ", "_")
+        run("01_cache_features.py", "--images", folders[kind], "--out", out)
+        run("02_fit_stitch.py", "--out", out, *fit)
+        run("03_finetune.py", "--out", out, *flags)
+        return out / "value.pt"
+
+    values = side_by_side(train, LEVERS, jobs)
+    out = STUDY / "ranking"
+    run("tests/studies/ranking.py", "--values", *values, "--out", out)
+    found = read(out / "ranking.json")
+    names = {str(v.relative_to(ROOT)): name for v, name in zip(values, LEVERS, strict=True)}
+    for row in found["rows"]:
+        row["method"] = names.get(row["method"], row["method"])
+    write("ranking", found)
+
+
+def everything(jobs):
+    """Every measurement of the miniature, but for those that stand."""
+    table(jobs, BACKBONES, REWARDS, keep=True)
+    selection(jobs, keep=True)
+    ranking(jobs, keep=True)
+    dps(jobs, REWARDS, keep=True)
+    for stage in ("fks", "draft", "nft"):
+        compare(stage, jobs, keep=True)
 
 
 # ---------------------------------------------------------------------------- published size
@@ -336,14 +433,14 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = ("selection", "table", "dps", "fks", "draft", "nft", "ranking", "counts", "ladder")
-    p.add_argument("what", choices=(*known, "readme"))
+    known = ("selection", "table", "dps", "fks", "draft", "nft", "ranking", "all")
+    p.add_argument("what", choices=(*known, "counts", "ladder", "readme"))
     p.add_argument("--backbone", nargs="+", default=BACKBONES, choices=BACKBONES, help="of table")
     p.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS, help="of table and dps")
     p.add_argument("--only", nargs="+", metavar="NAME", help="of fks, draft and nft: these jobs")
     p.add_argument("--jobs", type=int, default=2, help="processes at a time")
     args = p.parse_args()
-    sys.path.insert(0, str(ROOT))  # for common
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests/mini")]  # for common and draw
     if args.what == "selection":
         selection(args.jobs)
     elif args.what == "table":
@@ -351,7 +448,9 @@ def main():
     elif args.what == "dps":
         dps(args.jobs, args.reward)
     elif args.what == "ranking":
-        ranking()
+        ranking(args.jobs)
+    elif args.what == "all":
+        everything(args.jobs)
     elif args.what == "counts":
         counts(args.jobs)
     elif args.what == "ladder":
