@@ -67,14 +67,17 @@ def test_studies_name_flags_that_exist():
     """A study takes hours: a flag that its stage does not know should not wait for its turn."""
     import importlib
 
-    for stage in ("fks", "draft", "nft"):
-        for name, (script, flags) in study.comparisons(stage).items():
-            if script[0] == "0":
-                module = importlib.import_module(script.removesuffix(".py"))
-                args = module.parse_args(["--out", f"runs/{name}", *map(str, flags)])
-                assert args.out == f"runs/{name}"
+    for name, (script, flags) in (study.particles() | study.drafts() | study.policies()).items():
+        if script[0] == "0":
+            module = importlib.import_module(script.removesuffix(".py"))
+            args = module.parse_args(["--out", f"runs/{name}", *map(str, flags)])
+            assert args.out == f"runs/{name}"
+    fit, finetune = (importlib.import_module(m) for m in ("02_fit_stitch", "03_finetune"))
     for flags in study.VARIANTS.values():
-        importlib.import_module("03_finetune").parse_args([*map(str, (*study.SHORT, *flags))])
+        finetune.parse_args([*map(str, (*study.SHORT, *flags))])
+    for _, fitted, flags in study.LEVERS.values():
+        fit.parse_args([*map(str, fitted)])
+        finetune.parse_args([*map(str, flags)])
 
 
 def test_what_was_measured_on_todays_models_stands(monkeypatch, tmp_path):

@@ -31,6 +31,7 @@ STUDY = ROOT / "runs/study"
 TUNE = "tests/mini/data/tune"
 BACKBONES = ("sd3.5-medium", "sd3.5-large", "flux")
 REWARDS = ("clip", "hpsv2", "aesthetic", "dfn-clip")
+JOINT = "dfn-clip+hpsv2"
 STRENGTHS = (5, 10, 20, 40, 80)
 # short trainings of 03: each differs from the first in what is named
 SHORT = ("--steps", 1000, "--batch", 32, "--lr", "1e-3", "--sigma-law", "logit-normal")
@@ -96,7 +97,9 @@ def unless_kept(names, keep):
 
 
 def value_of(reward, backbone="sd3.5-medium"):
-    return ("--reward", reward, "--value", f"runs/mini/{backbone}_{reward}/value.pt")
+    """Flags of a reward, or of a sum of them, and of its values."""
+    files = [f"runs/mini/{backbone}_{r}/value.pt" for r in reward.split("+")]
+    return ("--reward", reward, "--value", *files)
 
 
 def make_value(reward, backbone="sd3.5-medium"):
@@ -257,50 +260,58 @@ def dps(jobs, rewards, keep=False):
 
 
 # ---------------------------------------------------------------------------- 06 to 08
-def comparisons(stage):
-    """{name of its results: (script, flags)} of 06, 07 or 08."""
+def particles():
+    """{name of its results: (script, flags)} of 06."""
     clip = value_of("clip")
     methods = ("--methods", "bon", "fks", "fks+stitchvm")
     small = ("--potential-value", "stitchvm", "--limit", 64, "--m", 4)
-    if stage == "fks":
-        sizes = ("--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6)
-        proposals = ("--proposal", "argmax", "corrected", "--report", "best", "mean")
-        large = ("--backbone", "sd3.5-large", *small)
-        own = value_of("clip", "sd3.5-large")
-        tune = ("--prompts", f"{TUNE}/drawbench.txt")
-        hundred = ("--limit", 100)
-        without = ("--methods", "bon", "fks+stitchvm")
-        flags = {
-            "06_lam": (*clip, *methods, *small, *tune, "--lam", 0.5, 1, 2, 4),
-            "06_scaling": (*clip, *methods, *small, *hundred, *sizes),
-            "06_prune": (*clip, "--methods", "bon", "prune", *hundred, "--n", 4, 8, 16),
-            "06_proposals": (*clip, *without, *small, *proposals, "--lam", 1, 4),
-            "06_large-by-large": (*own, *methods, *large),
-            "06_large-by-medium": (*clip, "--methods", "fks+stitchvm", *large),
-        }
-        return {name: ("06_fks.py", (*f, "--save-images")) for name, f in flags.items()}
-    if stage == "draft":
-        long = (*clip, "--gflop", 4000, "--eval-limit", 100, "--eval-every", 20, "--save-images")
-        others = ("--grid", "even", "--methods", "draft-1", "alignprop", "draft-1+stitchvm")
-        flags = {f"07_seed{seed}": (*long, "--seed", seed) for seed in range(3)}
-        return {
-            n: ("07_draft.py", f) for n, f in (flags | {"07_methods": (*long, *others)}).items()
-        }
-    online = (*clip, "--eval-every", 5, "--save-images", "--gflop")
-    flags = {f"08_seed{seed}": (*online, 10000, "--seed", seed) for seed in range(3)}
+    sizes = ("--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6)
+    proposals = ("--proposal", "argmax", "corrected", "--report", "best", "mean")
+    large = ("--backbone", "sd3.5-large", *small)
+    own = value_of("clip", "sd3.5-large")
+    tune = ("--prompts", f"{TUNE}/drawbench.txt")
+    hundred = ("--limit", 100)
+    without = ("--methods", "bon", "fks+stitchvm")
+    flags = {f"06_{r}": (*value_of(r), *methods, "--limit", 200) for r in REWARDS}
+    flags |= {
+        "06_lam": (*clip, *methods, *small, *tune, "--lam", 0.5, 1, 2, 4),
+        "06_scaling": (*clip, *methods, *small, *hundred, *sizes),
+        "06_prune": (*clip, "--methods", "bon", "prune", *hundred, "--n", 4, 8, 16),
+        "06_proposals": (*clip, *without, *small, *proposals, "--lam", 1, 4),
+        "06_large-by-large": (*own, *methods, *large),
+        "06_large-by-medium": (*clip, "--methods", "fks+stitchvm", *large),
+    }
+    return {name: ("06_fks.py", (*f, "--save-images")) for name, f in flags.items()}
+
+
+def drafts():
+    """As particles(), of 07."""
+    short = ("--gflop", 4000, "--eval-every", 20, "--save-images")
+    long = (*value_of("clip"), *short, "--eval-limit", 100)
+    others = ("--grid", "even", "--methods", "draft-1", "alignprop", "draft-1+stitchvm")
+    flags = {f"07_seed{seed}": (*long, "--seed", seed) for seed in range(3)}
+    flags |= {f"07_joint{s}": (*value_of(JOINT), *short, "--seed", s) for s in range(3)}
+    flags |= {"07_methods": (*long, *others)}
+    return {name: ("07_draft.py", f) for name, f in flags.items()}
+
+
+def policies():
+    """As particles(), of 08, and how much of its gradient is signal."""
+    clip = value_of("clip")
+    online = ("--eval-every", 5, "--save-images", "--gflop")
+    flags = {f"08_seed{seed}": (*clip, *online, 10000, "--seed", seed) for seed in range(3)}
+    flags |= {f"08_joint{s}": (*value_of(JOINT), *online, 10000, "--seed", s) for s in range(3)}
     for low, high in ((2, 12), (12, 17), (12, 25), (20, 25)):
         stop = ("--methods", "nft+stitchvm", "--stop", low, high)
-        flags[f"08_stop{low}-{high}"] = (*online, 7000, *stop)
+        flags[f"08_stop{low}-{high}"] = (*clip, *online, 7000, *stop)
     signal = (*clip, "--groups", 100, "--every", 3, "--stops", 14, 20)
     jobs = {name: ("08_nft.py", f) for name, f in flags.items()}
     return jobs | {"gradient": ("tests/studies/gradient.py", signal)}
 
 
-def compare(stage, jobs, only=None, keep=False):
-    tasks = comparisons(stage)
+def compare(tasks, jobs, only=None, keep=False):
     if wrong := set(only or ()) - set(tasks):
-        known = ", ".join(tasks)
-        sys.exit(f"error: {stage} has no job {', '.join(sorted(wrong))}: there are {known}")
+        sys.exit(f"error: no job {', '.join(sorted(wrong))}: there are {', '.join(tasks)}")
 
     def one(name):
         script, flags = tasks[name]
@@ -311,8 +322,9 @@ def compare(stage, jobs, only=None, keep=False):
         write(name, read(path))
 
     todo = unless_kept(only or tasks, keep)
-    backbones = {"sd3.5-large"} if "06_large-by-large" in todo else set()
-    side_by_side(lambda b: make_value("clip", b), backbones | {"sd3.5-medium"}, jobs)
+    values = {f for name in todo for f in tasks[name][1] if str(f).endswith("value.pt")}
+    pairs = {tuple(Path(f).parent.name.split("_")) for f in values}
+    side_by_side(lambda pair: make_value(*reversed(pair)), pairs, jobs)
     side_by_side(one, todo, jobs)
 
 
@@ -380,8 +392,8 @@ def everything(jobs):
     selection(jobs, keep=True)
     ranking(jobs, keep=True)
     dps(jobs, REWARDS, keep=True)
-    for stage in ("fks", "draft", "nft"):
-        compare(stage, jobs, keep=True)
+    for tasks in (particles, drafts, policies):
+        compare(tasks(), jobs, keep=True)
 
 
 # ---------------------------------------------------------------------------- published size
@@ -400,7 +412,7 @@ def counts(jobs):
     ]
     sizes = ("--n", 14, "--n-stitchvm", 8, "--m", 6, "--methods", "fks", "fks+stitchvm")
     tasks.append(("06_fks.py", "--backbone", "flux", "--reward", "hpsv2", *sizes))
-    joint = ("--backbone", "sd3.5-medium", "--reward", "dfn-clip+hpsv2")
+    joint = ("--backbone", "sd3.5-medium", "--reward", JOINT)
     methods = ("draft-1", "draft-3", "draft-1+stitchvm", "draft-3+stitchvm")
     tasks += [("07_draft.py", *joint, "--methods", *methods), ("08_nft.py", *joint)]
     for size, reward in product((512, 1024), ("clip", "hpsv2")):
@@ -462,7 +474,8 @@ def main():
         pages.write_all()
         figures.draw_all()
     else:
-        compare(args.what, args.jobs, args.only)
+        tasks = dict(fks=particles, draft=drafts, nft=policies)[args.what]()
+        compare(tasks, args.jobs, args.only)
 
 
 if __name__ == "__main__":
