@@ -2,7 +2,7 @@
 
 Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, App. C.2, D.2, Algorithm 1, Eq. (9); SDE of (11)
             weights    G_k = exp(lam (V(zbar_{k-1}) - V(z_k))), then N are drawn in proportion
-            proposals  in the first 40 % of the steps argmax_m V(zbar^(m)) of M noises goes on
+            proposals  in the first 40 % of the steps (--propose) argmax_m V(zbar^(m)) goes on
         Methods on the same noises: flow, bon (best of N), prune (bon without those that V drops on
         the way), fks (V by Tweedie, r(D(zhat_0)) of the step's own velocity), fks+stitchvm
         (proposals by V; --potential-value: the weights too).
@@ -107,6 +107,7 @@ def parse_args(argv=None):
     add("--fk-start", type=COUNT, help="first step after which they are; None: a fifth of --steps")
     add("--fk-end", type=COUNT, help="last such step; None: four fifths")
     add("--propose", type=SHARE, default=0.4, help="share of the steps that make proposals")
+    add("--propose-after", type=SHARE, default=0.0, help="share of the steps before those")
     add("--spread-samples", type=within(int, 2), default=8, help="a prompt, for --lam's unit")
     several("--scorers", help="rewards that score the images, besides --reward")
     add("--batch", type=COUNT, help="latents at a time")
@@ -243,8 +244,8 @@ def steer(z, grid, denoise, noise, uniform, score, value, lam, fk_steps, propose
     uniform(k) (2, P, N). Nothing here waits for the device.
     denoise(z (B, C, h, w), t, prefix) -> velocity; score(z_0) -> rewards (B,); value(z, t) -> V
     (B,) and the prefix state that the next denoise may resume, or None.
-    After fk_steps, which count from 1, particles are weighed and resampled; the first `propose`
-    steps make M proposals. rules: proposal, potential, resampling (a scheme) and adaptive as
+    After fk_steps, which count from 1, particles are weighed and resampled; the steps k in propose
+    make M proposals. rules: proposal, potential, resampling (a scheme) and adaptive as
     above; by: 'tweedie', score of the step's one-step estimate, or 'stitchvm', value after it.
     """
     shape = z.shape
@@ -253,7 +254,7 @@ def steer(z, grid, denoise, noise, uniform, score, value, lam, fk_steps, propose
     for k, (t, s) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
         u = denoise(z.flatten(0, 1), t, prefix)
         draw, choice = uniform(k)
-        proposes = k < propose and M > 1 and s > 0
+        proposes = k in propose and M > 1 and s > 0
         pays = proposes and rules["proposal"] == "corrected"
         # under diff it pays V in full: another value at the same step would divide that out
         paid_up = pays and rules["potential"] == "diff"
@@ -406,7 +407,8 @@ def settings(run, args):
     steps = range(args.fk_start, args.fk_end + 1, args.fk_every) if steers else ()
     rules = {k: getattr(args, k) for k in ("potential", "resampling", "adaptive")}
     rules |= dict(proposal=run["proposal"], by=run["by"])
-    propose = int(args.propose * args.steps + 1e-9)
+    first = int(args.propose_after * args.steps + 1e-9)
+    propose = range(first, first + int(args.propose * args.steps + 1e-9))
     return dict(fk_steps=steps, propose=propose, M=run["M"], rules=rules)
 
 

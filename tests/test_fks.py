@@ -216,7 +216,9 @@ def gaussian(P=1, N=4, lam=LAM, M=1, order=None, **changed):
     """steer() with the exact velocity and values; z (P, N), the books after the last weighing."""
     calls = dict(score=first, value=exact, denoise=velocity)
     calls |= {k: changed.pop(k) for k in list(changed) if k in calls}
-    how_often = dict(fk_steps=changed.pop("fk_steps", FK), propose=changed.pop("propose", 16), M=M)
+    how_often = dict(
+        fk_steps=changed.pop("fk_steps", FK), propose=changed.pop("propose", range(16)), M=M
+    )
     rules = RULES | changed
     noise, uniform = draws(P, N, order=order)
     z = noise("start")[:, :, 0]
@@ -278,7 +280,7 @@ def test_corrected_proposals_keep_the_law(by, adaptive):
     paying the mean instead of the chosen value would show there by two standard errors, here by
     twenty.
     """
-    way = dict(M=4, proposal="corrected", propose=30, by=by, adaptive=adaptive)
+    way = dict(M=4, proposal="corrected", propose=range(30), by=by, adaptive=adaptive)
     z, books = gaussian(24, 1000, lam=3.0, **way)
     assert max(map(abs, errors(z, books, 3.0))) < 4
 
@@ -292,7 +294,7 @@ def test_on_the_way_a_line_has_paid_its_last_value(proposal):
     noise, uniform = draws(2, 6)
     calls = dict(denoise=velocity, noise=noise, uniform=uniform, score=None, value=exact)
     rules = RULES | dict(proposal=proposal, by="stitchvm")
-    more = dict(lam=LAM, fk_steps=FK, propose=16, M=3, rules=rules)
+    more = dict(lam=LAM, fk_steps=FK, propose=range(16), M=3, rules=rules)
     z, books = fks.steer(noise(0)[:, :, 0], GRID[:13], **calls, **more)
     assert_close(books["paid"], LAM * z0_hat(z[..., 0], GRID[12]))
     assert (books["logw"] == 0).all()  # step 12 has just resampled
@@ -449,7 +451,7 @@ def pruned(levels, P=2, N=8, value=exact, grid=GRID):
     z, books = fks.prune(start, grid, denoise, noise, counted, levels)
     if not levels:  # best of N
         more = dict(noise=noise, uniform=lambda k: (None, None), score=None, value=None, lam=0.0)
-        more |= dict(fk_steps=(), propose=0, M=1, rules=RULES)
+        more |= dict(fk_steps=(), propose=(), M=1, rules=RULES)
         assert torch.equal(z, fks.steer(start, grid, velocity, **more)[0])
     return z[..., 0], books, rows
 
@@ -554,7 +556,7 @@ def small_models(sd3, values, cfg=4.5, batch=100, prompts=(0, 1), device=CPU):
     return models
 
 
-def steered(models, N=3, steps=6, propose=0, M=1, **rules):
+def steered(models, N=3, steps=6, propose=(), M=1, **rules):
     device = models.backbone.device
     noise = partial(fks.draw_noise, 0, [0, 1], N, (16, 10, 6), device)
     uniform = partial(fks.draw_uniforms, 0, [0, 1], N, device)
@@ -565,8 +567,8 @@ def steered(models, N=3, steps=6, propose=0, M=1, **rules):
 
 
 WAYS = {
-    "proposals": dict(propose=4, M=3),
-    "corrected": dict(propose=2, M=2, by="stitchvm", proposal="corrected"),
+    "proposals": dict(propose=range(4), M=3),
+    "corrected": dict(propose=range(2), M=2, by="stitchvm", proposal="corrected"),
     "potentials": dict(by="stitchvm"),
 }
 
@@ -603,7 +605,7 @@ def test_blocks_that_run(sd3):
     """The proposals pass only the first i blocks, resumed rows only those after them."""
     N, steps, cut, m = 3, 6, 2, 3
     models = small_models(sd3, [cut])
-    steered(models, N=N, steps=steps, propose=4, M=m)  # counts the GFLOP of one row of each
+    steered(models, N=N, steps=steps, propose=range(4), M=m)  # counts the GFLOP of one row of each
     seen = [0] * 4
 
     def count(block, args, kwargs, out, n):
@@ -613,7 +615,7 @@ def test_blocks_that_run(sd3):
     more = dict(with_kwargs=True)
     hooks = [b.register_forward_hook(partial(count, n=n), **more) for n, b in blocks]
     try:
-        steered(models, N=N, steps=steps, propose=4, M=m)
+        steered(models, N=N, steps=steps, propose=range(4), M=m)
     finally:
         for hook in hooks:
             hook.remove()
@@ -795,7 +797,7 @@ def test_schedules():
     assert list(steps) == [8, 12, 16, 20, 24, 28, 32]
     args = flags("--backbone", "flux", is_flux=True, cfg=1.0)
     given = fks.settings(fks.plan(args)[4], args)
-    assert (args.steps, args.cfg, given["propose"]) == (28, 1.0, 11)
+    assert (args.steps, args.cfg, given["propose"]) == (28, 1.0, range(11))
     assert list(given["fk_steps"]) == [6, 10, 14, 18, 22]
     args = flags("--steps", "20", "--cfg", "1", "--fk-start", "1", "--fk-every", "7")
     steps = fks.settings(fks.plan(args)[3], args)["fk_steps"]
