@@ -486,6 +486,10 @@ def results():
     parts = [
         ("# Results",),
         ("Written by `study.py readme` from [results/](results), which have every flag and seed.",),
+        (
+            "Each table is of the models at its commit: `study.py all` measures anew what is older "
+            "than the models are.",
+        ),
         ("## 04: quality of a value",),
         ("![Retrieval and error of clip's value](figures/front.png)",),
         (f"Image to text Recall@1 in per cent, clip, 500 scenes, {paper}.", against_the_paper()),
