@@ -304,10 +304,9 @@ class Models:
         given = self.backbone, self.rewards[: len(files)], args.resolution
         self.values, self.parents = load_values(files, *given)
         self.shares = shares_prefix(self.values, self.backbone, self.null, args.cfg)
-        self.spec = {k: v for k, v in vars(args).items() if k not in FREE}
-        self.spec |= dict(texts=digest(texts), values=[a["id"] for a in self.parents])
         self.weights = fingerprints(self.backbone.transformer, self.rewards, 1)
-        self.spec |= self.weights
+        self.spec = {k: v for k, v in vars(args).items() if k not in FREE} | self.weights
+        self.spec |= dict(texts=digest(texts), values=[a["id"] for a in self.parents])
         self.cfg = args.cfg
         self.batch = args.batch
         self.rows = Counter()
@@ -431,8 +430,7 @@ def sample(models, args, run, lam, seed, prompts):
     models.take(prompts)
     models.rows.clear()
     given = seed, prompts, run["N"]
-    shape = backbone.latent_shape(args.resolution)
-    noise = partial(draw_noise, *given, shape, backbone.device)
+    noise = partial(draw_noise, *given, backbone.latent_shape(args.resolution), backbone.device)
     uniform = partial(draw_uniforms, *given, backbone.device)
     given = noise("start")[:, :, 0], backbone.grid(args.steps, args.resolution), models.denoise
     if run["method"] == "prune":
