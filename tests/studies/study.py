@@ -338,6 +338,7 @@ LEVERS = {  # {name: (training images, flags of 02, flags of 03)}
     "four times as long": ("drawn", (), LONG),
     "four times, 30,000 drawn": ("more", (), LONG),
     "four times, generated": ("generated", (), LONG),
+    "four times, 30,000 drawn, later i": ("more", ("--i", 5, "--j", 1), LONG),
 }
 
 
