@@ -354,12 +354,13 @@ def training_images(kind):
         draw.write_training(root, 30000, seed=1)
     if kind == "generated" and not (root / "05_dps.json").exists():
         captions = read(data / "train_captions.json")["annotations"][::3]
-        prompts = STUDY / "ranking/captions.txt"
+        prompts = root / "captions.txt"
+        root.mkdir(parents=True, exist_ok=True)
         prompts.write_text("\n".join(row["caption"] for row in captions))
         flags = ("--methods", "flow", "--steps", 20, "--batch", 100, "--scorers", "--save-images")
         many = ("--prompts", prompts, "--limit", len(captions))
         run("05_dps.py", *value_of("clip"), *many, *flags, "--out", root)
-    return root
+    return root / ("05_images" if kind == "generated" else "train")
 
 
 def ranking(jobs, keep=False):
