@@ -638,7 +638,6 @@ def test_the_noise_levels_of_a_run(run, backbone):
 def test_a_whole_short_run(run, values, tmp_path):
     """The promised keys, one evaluation of the base model for all, costs in the order that the
     method is about, files, images and figures."""
-    pytest.importorskip("tensorboard")
     methods = ("draft-1", "alignprop", "draft-1+stitchvm")
     flags = ("--value", values["clip"], "--accumulate", 2, "--save-images", "--scorers", *SCORERS)
     flags += ("--track", tmp_path / "track")

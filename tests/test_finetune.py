@@ -545,7 +545,6 @@ def test_other_weights_in_the_same_folder_are_refused(run, other_weights):
 
 def test_a_run_can_be_watched(run, tmp_path):
     """Losses at each logged row, validations where they are made."""
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out, train = run

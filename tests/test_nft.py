@@ -597,7 +597,6 @@ def called(monkeypatch):
 def test_a_short_run(run, tmp_path, called):
     """The promised keys, one start for all methods, work that is what was called, images, figures,
     and files that say that the methods are done."""
-    pytest.importorskip("tensorboard")
     scorers = ("dfn-clip", "hpsv2", "aesthetic", "judge")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -183,7 +183,6 @@ def test_a_stock_pipeline_is_guided_as_by_05(values, name, form):
 # ---------------------------------------------------------------------------- watching a run
 def test_rows_and_images_reach_tensorboard(tmp_path):
     """Numbers by their key and step, images as they are; without a folder nothing is written."""
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)

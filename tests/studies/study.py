@@ -102,11 +102,16 @@ def value_of(reward, backbone="sd3.5-medium"):
     return ("--reward", reward, "--value", *files)
 
 
+def fit_value(*pair):
+    """01 to 03 of a pair, named by flags."""
+    for script in ("01_cache_features.py", "02_fit_stitch.py", "03_finetune.py"):
+        run(script, *pair)
+
+
 def make_value(reward, backbone="sd3.5-medium"):
-    """01 to 03 of a pair whose value is not there."""
+    """The value of a pair, unless it is there."""
     if not (ROOT / f"runs/mini/{backbone}_{reward}/value.pt").exists():
-        for script in ("01_cache_features.py", "02_fit_stitch.py", "03_finetune.py"):
-            run(script, "--backbone", backbone, "--reward", reward)
+        fit_value("--backbone", backbone, "--reward", reward)
 
 
 # ---------------------------------------------------------------------------- 01 to 04
@@ -143,8 +148,7 @@ def table(jobs, backbones, rewards, keep=False):
         backbone, reward, name = task
         is_main = backbone == "sd3.5-medium"
         pair = ("--backbone", backbone, "--reward", reward)
-        for script in ("01_cache_features.py", "02_fit_stitch.py", "03_finetune.py"):
-            run(script, *pair)
+        fit_value(*pair)
         if backbone != "sd3.5-large":  # its VAE is Medium's, and so is its VAE stitch
             run("03_finetune.py", *pair, "--front", "vae")
         if is_main and reward != "aesthetic":
