@@ -7,8 +7,7 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, Table 1, App. D.2, Eqs. (4), (11),
         tweedie           standard DPS, V = r(D(z - t u)): through reward, decoder and denoiser
         stitchvm          V the value model, whose prefix is resumed as CFG's null half [D10]
         stitchvm+tweedie  stitchvm above sigma --handover, tweedie from there down
-        A row for each strength c. The last method takes the two lists in step: the first of both,
-        the second of both, as far as the shorter goes.
+        A row for each strength c; the last takes both lists in step, as far as the shorter goes.
 Reads   value.pt (03) of each reward of a sum; prompts
 Writes  out/05_dps.json, with the scores of each prompt; out/05_strength.png; out/05_grid.png;
         with --save-images out/05_images/<method and strengths>/ in GenEval's layout; while it
@@ -17,8 +16,8 @@ Run     python 05_dps.py
         python 05_dps.py --strengths-tweedie 10 20 40 --strengths-stitchvm 10 20 40
         python 05_dps.py --guide-to 0.5 --out DIR --value FILE       # above sigma .5 only
 Departs from the paper: the first step is unguided in form (39), for t/(1-t) is infinite at t = 1;
-        the last adds no noise; strengths, and the miniature's unit guidance [D11]. Peak memory is
-        the GPU allocator's; on the CPU it is what autograd keeps in a step of one sample.
+        the last adds no noise; strengths, the miniature's unit guidance and --shift 1 [D11]. Peak
+        memory is the GPU allocator's; on the CPU what autograd keeps in a step of one sample.
 """
 
 import argparse
@@ -73,7 +72,7 @@ FREE += ("offload",)
 METHODS = ("flow", "tweedie", "stitchvm", "stitchvm+tweedie")
 NU = {"sde": lambda t: 3 * t * t, "ode": lambda t: 0.0}
 MINI = dict(prompts="tests/mini/data/drawbench.txt", limit=32, resolution=64, steps=40, batch=16)
-MINI |= dict(guidance="unit", strengths_tweedie=[20], strengths_stitchvm=[40])
+MINI |= dict(shift=1.0, guidance="unit", strengths_tweedie=[20], strengths_stitchvm=[40])
 MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
 PAPER = dict(resolution=1024, steps=100, batch=1, guidance="exact", scorers=["clip", "hpsv2"])
 PAPER |= dict(strengths_tweedie=[1, 3, 10, 25, 50], strengths_stitchvm=[50, 100, 200, 350, 700])
@@ -98,6 +97,7 @@ def parse_args(argv=None):
     add("--handover", type=SHARE, default=0.25, help="sigma where tweedie takes over from stitchvm")
     add("--steps", type=within(int, 2), help="of the sampler (D.2: 100)")
     add("--sampler", choices=tuple(NU), default="sde", help="nu = 3 t^2, or 0")
+    add("--shift", type=within(float, 0.01), help="of the noise levels; None: the scheduler's own")
     add("--cfg", type=FINITE, help="None: 4.5; 1 for FLUX, which is distilled")
     add("--batch", type=COUNT, help="samples at a time; their noises do not depend on it")
     switch = argparse.BooleanOptionalAction
@@ -196,8 +196,8 @@ def load(args):
     names = args.reward.split("+")
     files = value_files(args, names) if any("stitchvm" in m for m in args.methods) else []
     dtype = getattr(torch, args.dtype)
-    which = args.backbone, args.preset, args.device, dtype, args.compile, args.offload
-    backbone = Backbone(*which)
+    backbone = Backbone(args.backbone, args.preset, args.device, dtype, args.compile, args.offload)
+    backbone.set_shift(args.shift)
     run = SimpleNamespace(backbone=backbone, device=backbone.device, rows=rows)
     run.prompts = [row["prompt"] for row in rows]
     embedded = backbone.prompts(["", *run.prompts], args.out)

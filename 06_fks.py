@@ -7,11 +7,9 @@ Paper   StitchVM (arXiv 2605.19804) Sec. 5.2, App. C.2, D.2, Algorithm 1, Eq. (9
         the way), fks (V by Tweedie, r(D(zhat_0)) of the step's own velocity), fks+stitchvm
         (proposals by V; --potential-value: the weights too).
 Reads   value.pt of each reward (03), prompts. Another backbone's value on the same VAE will do
-Writes  out/06_fks.json, 06_scaling.png (reward against GFLOP), 06_grid.png, 06_spread.json (the
-        unit of --lam, measured once), with --save-images 06_images/ in GenEval's layout; while it
-        runs 06_fks.parts/, from which --resume goes on
+Writes  out/06_fks.json, 06_scaling.png, 06_grid.png, 06_spread.json (the unit of --lam); with
+        --save-images 06_images/ in GenEval's layout; while it runs 06_fks.parts/ for --resume
 Run     python 06_fks.py
-        python 06_fks.py --limit 100 --potential-value stitchvm --n 2 4 8 --n-stitchvm 2 4 --m 2 6
         python 06_fks.py --methods bon prune --n 4 8 16 --prune-at 0.36
         python 06_fks.py --backbone sd3.5-large --value runs/mini/sd3.5-medium_clip/value.pt
 Departs from the paper: lam is in units of the reward's spread; weights are carried over steps that
@@ -73,7 +71,7 @@ from common import (
 FREE = ("out", "device", "value", "scorers", "save_images", "resume", "restart", "compile")
 FREE += ("offload",)
 METHODS = ("flow", "bon", "prune", "fks", "fks+stitchvm")
-MINI = dict(resolution=64, batch=64, prompts="tests/mini/data/drawbench.txt", limit=40)
+MINI = dict(resolution=64, shift=1.0, batch=64, prompts="tests/mini/data/drawbench.txt", limit=40)
 MINI |= dict(adaptive=0.5, resampling="systematic", potential_value=["tweedie", "stitchvm"])
 MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
 PAPER = dict(resolution=1024, batch=8, scorers=["clip", "hpsv2"])
@@ -102,6 +100,7 @@ def parse_args(argv=None):
     add("--resampling", choices=("multinomial", "systematic"), default="multinomial", help="scheme")
     add("--adaptive", type=SHARE, help="resample below this share of N effective; None: always")
     add("--steps", type=COUNT, help="of the sampler; None: 40, FLUX 28")
+    add("--shift", type=within(float, 0.01), help="of the noise levels; None: the scheduler's own")
     add("--cfg", type=FINITE, help="guidance; None: 4.5, FLUX 1, its own is 3.5")
     add("--fk-every", type=COUNT, default=4, help="steps between two weighings")
     add("--fk-start", type=COUNT, help="first step after which they are; None: a fifth of --steps")
@@ -296,6 +295,7 @@ class Models:
         files = value_files(args, names) if {"prune", "fks+stitchvm"} & {*args.methods} else []
         which = args.preset, args.device, getattr(torch, args.dtype)
         self.backbone = Backbone(args.backbone, *which, args.compile, args.offload)
+        self.backbone.set_shift(args.shift)
         complete(args, self.backbone)
         self.embedded = self.backbone.prompts(texts, cache=args.out)  # before the rest is loaded
         self.null = [v.to(args.device) for v in self.backbone.prompts([""], cache=args.out)]
@@ -487,7 +487,7 @@ def perform(models, args, run, lam, seed, n):
 def reward_spread(models, args, texts):
     """The reward's standard deviation among plain samples of one prompt, of the first eight; kept
     in <out>/06_spread.json, and measured again if that cannot be read."""
-    keys = ("preset", "backbone", "reward", "resolution", "steps", "cfg", "seed", "spread_samples")
+    keys = ("backbone", "reward", "resolution", "steps", "shift", "cfg", "seed", "spread_samples")
     about = {k: getattr(args, k) for k in keys} | dict(prompts=texts[:8]) | models.weights
     path = Path(args.out, "06_spread.json")
     with suppress(OSError, ValueError, LookupError, TypeError):

@@ -298,8 +298,7 @@ def load(args, methods, accelerator):
     files = value_files(args, names) if any(m["stops"] for m in methods.values()) else []
     dtype = getattr(torch, args.dtype)
     backbone = Backbone(args.backbone, args.preset, args.device, dtype, args.compile)
-    if args.shift is not None:
-        backbone.set_shift(args.shift)
+    backbone.set_shift(args.shift)
     given = dict(accelerator=accelerator, backbone=backbone, device=backbone.device)
     run = SimpleNamespace(**given, methods=methods, pool=len(pool), held_out=held_out)
     run.prompts = [r["prompt"] for r in held_out]

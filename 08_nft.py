@@ -323,8 +323,7 @@ def load(args, accelerator):
     files = value_files(args, names) if "nft+stitchvm" in args.methods else []
     dtype = getattr(torch, args.dtype)
     backbone = Backbone(args.backbone, args.preset, args.device, dtype, args.compile)
-    if args.shift is not None:
-        backbone.set_shift(args.shift)
+    backbone.set_shift(args.shift)
     given = dict(accelerator=accelerator, backbone=backbone, device=backbone.device, pool=len(pool))
     run = SimpleNamespace(**given, held_out=held_out, prompts=[r["prompt"] for r in held_out])
     with accelerator.main_process_first():  # the others read its file

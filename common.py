@@ -421,9 +421,8 @@ class Backbone:
 
     def set_shift(self, shift):
         """Another shift of the noise levels, t -> shift t / (1 + (shift - 1) t), FLUX's as well."""
-        config = self.scheduler.config
-        fixed = dict(shift=shift, use_dynamic_shifting=False)
-        self.scheduler = type(self.scheduler).from_config(config, **fixed)
+        fixed = dict(shift=shift, use_dynamic_shifting=False) if shift else {}  # None: its own
+        self.scheduler = type(self.scheduler).from_config(self.scheduler.config, **fixed)
 
     def grid(self, steps, resolution):
         """Noise levels, floats from 1 to 0, for square images of so many pixels a side."""

@@ -105,6 +105,9 @@ def test_another_shift():
     backbone, flux = common.Backbone("sd3.5-medium"), common.Backbone("flux")
     assert backbone.grid(10, 64)[5] == pytest.approx(0.7073, abs=1e-3)
     for each in (backbone, flux):
+        own = each.grid(10, 64)
+        each.set_shift(None)
+        assert each.grid(10, 64) == own
         each.set_shift(1.0)
     expected = [*torch.linspace(1, 0.001, 10).tolist(), 0]
     assert backbone.grid(10, 64) == pytest.approx(expected, abs=1e-6)
