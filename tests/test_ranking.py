@@ -1,7 +1,8 @@
-"""tests/studies/ranking.py: what a value says within a prompt, and a short run."""
+"""tests/studies/ranking.py and onpolicy.py: what a value says within a prompt, and short runs."""
 
 import json
 
+import onpolicy
 import pytest
 import ranking
 import torch
@@ -46,3 +47,39 @@ def test_a_short_run(tmp_path, monkeypatch, values):
         v = value(kept["z"][1], first[1]["sigma"], texts).view(2, 3)
     expected = ranking.within(v, kept["r"].view(2, 3))[0].mean()
     assert first[5]["correlation"] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_laws_share_levels_and_images():
+    """A step of every law is at the same levels; samples are the trajectory's own nodes."""
+    z = torch.rand(5, 3, 2, 4, 4, generator=common.generator(0))
+    data = dict(z=z.half(), z0=torch.zeros(5, 2, 4, 4))
+    rows = torch.tensor([4, 0, 2])
+    grid = [0.9, 0.5, 0.1]
+    found = [onpolicy.draw(law, data, grid, rows, common.generator(1)) for law in onpolicy.LAWS]
+    (forward, t), (samples, same), (prompted, _) = found
+    assert torch.equal(t, same) and torch.equal(samples, prompted)
+    k = [min(range(3), key=lambda n: abs(grid[n] - x)) for x in t.tolist()]
+    assert torch.equal(samples, z.half()[rows, k].float())
+    spread = forward.flatten(1).std(1)  # z_0 is 0: what is left is the noise
+    assert torch.allclose(spread, t, rtol=0.5)
+
+
+def test_a_short_run_of_the_laws(tmp_path, monkeypatch, values):
+    """Three values of the same samples; the prompted one reads the prompts."""
+    monkeypatch.chdir(common.ROOT)
+    flags = ["--limit", "2", "--samples", "3", "--steps", "4", "--batch", "4", "--device", "cpu"]
+    flags += ["--out", str(tmp_path), "--value", str(values["clip"]), "--train-samples", "6"]
+    texts = []
+    step_loss = onpolicy.finetune.step_loss
+
+    def watched(model, *rest):
+        texts.append(model.null[0].shape[0])
+        return step_loss(model, *rest)
+
+    monkeypatch.setattr(onpolicy.finetune, "step_loss", watched)
+    onpolicy.main(*onpolicy.parse_args([*flags, "--train-steps", "2", "--train-batch", "3"]))
+    assert texts == [1, 1, 1, 1, 3, 3]
+    rows = json.loads((tmp_path / "onpolicy.json").read_text())["rows"]
+    assert list(dict.fromkeys(r["method"] for r in rows)) == ["tweedie", *onpolicy.LAWS]
+    at = {r["method"]: r["value_mse"] for r in rows if r["sigma"] < 0.1}
+    assert at["forward"] != at["samples"] != at["prompted"]

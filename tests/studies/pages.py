@@ -7,6 +7,7 @@ between <!-- name --> and <!-- /name -->. A test fails when a page and the JSON 
 import json
 import statistics
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +19,20 @@ METRIC = {
     "hpsv2": ("hpdv2", "hpdv2_accuracy"),
     "aesthetic": ("ava", "srcc"),
 }
-# CLIP + SD 3.5 Medium on MSCOCO, image to text Recall@1 in per cent (Table 5 of the paper)
+BENCHMARKS = {
+    "clip": ["coco", "flickr30k"],
+    "dfn-clip": ["coco", "flickr30k"],
+    "hpsv2": ["hpdv2", "imagereward"],
+    "aesthetic": ["ava"],
+}
+# Table 5 of the paper, as far as its figures are known here: of SD 3.5 Medium, in per cent
+PAPER_HPSV2 = {"clean": [83.28] * 5, "stitchvm": [81.78, 81.87, 80.92, 78.90, 74.68]}
+PAPER_AESTHETIC = {
+    "clean": [0.618] * 5,
+    "stitchvm": [0.609, 0.610, 0.597, 0.538, 0.369],
+    "vae-stitch": [0.438, 0.423, 0.334, 0.146, 0.068],
+}
+# CLIP on MSCOCO, image to text Recall@1
 PAPER = {
     "clean": [57.90] * 5,
     "stitchvm": [56.82, 56.22, 52.50, 32.52, 3.68],
@@ -29,6 +43,11 @@ PAPER = {
 
 def read(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def there(*names):
+    """Those results that have been measured."""
+    return [name for name in names if (RESULTS / f"{name}.json").exists()]
 
 
 def reported(name):
@@ -91,13 +110,47 @@ def every_pair():
     return markdown(["reward", "value model", *SIGMAS], rows)
 
 
-def against_the_paper():
-    """clip on sd3.5-medium beside the paper's row."""
-    rows = [[f"paper: {m}", *(f"{v:.1f}" for v in values)] for m, values in PAPER.items()]
-    found = [r for r in reported("04_clip") if r["benchmark"] == "coco"]
+def against_the_paper(reward, paper, digits=1):
+    """A reward's first benchmark on sd3.5-medium beside the paper's rows."""
+    benchmark, metric = METRIC[reward]
+    rows = [[f"paper: {m}", *(f"{v:.{digits}f}" for v in values)] for m, values in paper.items()]
+    found = [r for r in reported(f"04_{reward}") if r["benchmark"] == benchmark]
     for method in ("clean", "stitchvm", "vae-stitch", "noisyclip", "tweedie"):
-        rows.append([method, *quality(found, "recall@1_i2t", method)])
+        if cells := quality(found, metric, method):
+            rows.append([method, *cells])
     return markdown(["sigma", *SIGMAS], rows)
+
+
+def every_benchmark():
+    """Table 5: every reward, benchmark and direction on sd3.5-medium."""
+    rows = []
+    for reward, benchmarks in BENCHMARKS.items():
+        for benchmark in benchmarks:
+            found = [r for r in reported(f"04_{reward}") if r["benchmark"] == benchmark]
+            for metric in dict.fromkeys(r["metric"] for r in found):
+                for method in ("clean", "stitchvm", "vae-stitch", "noisyclip", "tweedie"):
+                    if cells := quality(found, metric, method):
+                        rows.append([reward, f"{benchmark}: {metric}", method, *cells])
+    return markdown(["reward", "benchmark", "method", *SIGMAS], rows)
+
+
+def late():
+    """Fig. 6: retrieval of values stitched before early and late reward blocks."""
+    rows = []
+    found = reported("late")
+    relative = {(r["i"], r["j"]): f"{r['relative_loss']:.3f}" for r in read("late")["grid"]}
+    for i, j in dict.fromkeys((r["i"], r["j"]) for r in found):
+        cells = quality([r for r in found if r["j"] == j], "recall@1_i2t", "stitchvm")
+        rows.append([f"({i}, {j})", relative[i, j], *cells])
+    return markdown(["(i, j)", "residual / variance", *SIGMAS], rows)
+
+
+def grid():
+    """Fig. 6: the closed form's residual for every i, down, and j, across."""
+    found = {(r["i"], r["j"]): f"{r['relative_loss']:.3f}" for r in read("late")["grid"]}
+    depths, places = (sorted({key[n] for key in found}) for n in (0, 1))
+    rows = [[f"i = {i}", *(found[i, j] for j in places)] for i in depths]
+    return markdown(["residual / variance", *(f"j = {j}" for j in places)], rows)
 
 
 def value_errors(reward):
@@ -141,7 +194,7 @@ def selection():
 
 # ---------------------------------------------------------------------------- 05 and 06
 def guided(names):
-    head = ["reward", "method", "c", "steps", "reward", "judge", "geneval", "work", "MB kept"]
+    head = ["reward", "method", "c", "steps", "reward", "judge", "geneval", "work", "s", "MB kept"]
     rows = []
     for name in names:
         plain = next(r for r in reported(name) if r["method"] == "flow")["gflop_per_sample"]
@@ -149,7 +202,8 @@ def guided(names):
             both = (r["strength"], r.get("strength_tweedie"))
             strengths = ", ".join(f"{c:g}" for c in both if c)
             scores = [measured(r, k) for k in ("reward", "judge", "geneval")]
-            cost = [f"{r['gflop_per_sample'] / plain:.1f}", f"{r['peak_memory_mb']:.1f}"]
+            cost = [f"{r['gflop_per_sample'] / plain:.1f}", f"{r['s_per_sample']:.2f}"]
+            cost.append(f"{r['peak_memory_mb']:.1f}")
             rows.append([name[3:], r["method"], strengths, r["steps"], *scores, *cost])
     return markdown(head, rows)
 
@@ -175,18 +229,25 @@ def steered(names, keys):
         for r in reported(name):
             shown = ["" if r.get(k) is None else r[k] for k in keys]
             scores = [measured(r, k) for k in ("reward", "judge", "geneval")]
-            rows.append([name[3:], *shown, r["n"], *scores])
-    return markdown(["", *keys, "n", "reward", "judge", "geneval"], rows)
+            cost = f"{r['gflop_per_prompt']:.0f}"
+            rows.append([name[3:], *shown, r["n"], *scores, cost])
+    return markdown(["", *keys, "n", "reward", "judge", "geneval", "GFLOP"], rows)
 
 
-def within_a_prompt():
-    """Correlation with the final reward within a prompt at every second noise level."""
-    rows = read("ranking")["rows"]
-    sigmas = list(dict.fromkeys(r["sigma"] for r in rows))[3::2]
-    found = {(r["method"], r["sigma"]): measured(r, "correlation") for r in rows}
-    names = {m: "one-step estimate" if m == "tweedie" else "V" for m, _ in found}
-    lines = [[name, *(found[m, s] for s in sigmas)] for m, name in names.items()]
-    return markdown(["sigma", *(f"{s:.2f}" for s in sigmas)], lines)
+def within_a_prompt(name):
+    """Correlation with the final reward within a prompt at every second noise level, and the mean
+    squared error at the level nearest .15."""
+    rows = read(name)["rows"]
+    levels = list(dict.fromkeys(r["sigma"] for r in rows))
+    low = min(levels, key=lambda s: abs(s - 0.15))
+    found = {(r["method"], r["sigma"]): r for r in rows}
+    lines = []
+    for method in dict.fromkeys(m for m, _ in found):
+        cells = [measured(found[method, s], "correlation", digits=2) for s in levels[3::2]]
+        error = f"{found[method, low]['value_mse']:.4f}"
+        label = "one-step estimate" if method == "tweedie" else method
+        lines.append([label, *cells, error])
+    return markdown(["sigma", *(f"{s:.2f}" for s in levels[3::2]), f"error, {low:.2f}"], lines)
 
 
 # ---------------------------------------------------------------------------- 07 and 08
@@ -223,10 +284,12 @@ def work_saved(rows):
 
 def finetuned():
     """07 and 08 at equal work: means over the seeds."""
-    head = ["", "method", "seeds", "reward", "gain", "judge", "geneval", "GFLOP"]
+    head = ["", "method", "seeds", "reward", "gain", "judge", "geneval", "GFLOP", "s"]
     rows = []
-    for stage in ("07", "08"):
-        tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{stage}_seed?.json"))]
+    for stage, runs in product(("07", "08"), ("seed", "joint")):
+        tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{stage}_{runs}?.json"))]
+        if not tables:
+            continue
         base = [t[0] for t in tables]
         for method in ["base", *dict.fromkeys(r["method"] for r in tables[0])]:
             last = [[r for r in t if r["method"] == method][-1:] for t in tables]
@@ -238,21 +301,30 @@ def finetuned():
             reached = [
                 "not reached" if s is None else f"{s:.0%}" if s != "" else "" for s in shares
             ]
-            work = f"{statistics.mean(r['gflop'] for r in last):,.0f}"
-            rows.append([stage, method, len(last), *means, work, ", ".join(filter(None, reached))])
+            cost = [f"{statistics.mean(r[k] for r in last):,.0f}" for k in ("gflop", "seconds")]
+            saved = ", ".join(filter(None, reached))
+            label = stage if runs == "seed" else f"{stage}, joint"
+            rows.append([label, method, len(last), *means, *cost, saved])
     return markdown([*head, "the baseline's last reward after"], rows)
+
+
+def stopped():
+    """{(low, high): the last row of each seed} of 08's windows."""
+    found = {}
+    for file in sorted(RESULTS.glob("08_stop*.json")):
+        window = file.stem.removeprefix("08_stop").split("_")[0]
+        found.setdefault(tuple(map(int, window.split("-"))), []).append(reported(file.stem)[-1])
+    return dict(sorted(found.items()))
 
 
 def windows():
     rows = []
-    names = [f.stem for f in RESULTS.glob("08_stop*.json")]
-    for name in sorted(names, key=lambda n: [int(x) for x in n[7:].split("-")]):
-        last = reported(name)[-1]
-        scores = [measured(last, k) for k in ("reward", "gain", "judge", "geneval")]
-        rows.append(
-            [name[7:].replace("-", " to "), *scores, last["update"], f"{last['gflop']:,.0f}"]
-        )
-    head = ["stops after", "reward", "gain", "judge", "geneval", "updates", "GFLOP"]
+    for (low, high), last in stopped().items():
+        keys = ("reward", "gain", "judge", "geneval")
+        scores = [mean_of([r[k] for r in last]) for k in keys]
+        cost = [f"{statistics.mean(r[k] for r in last):,.0f}" for k in ("update", "gflop")]
+        rows.append([f"{low} to {high}", len(last), *scores, *cost])
+    head = ["stops after", "seeds", "reward", "gain", "judge", "geneval", "updates", "GFLOP"]
     return markdown(head, rows)
 
 
@@ -419,7 +491,7 @@ def claims_of_sampling():
     saved = 1 - flux["fks+stitchvm M=6 N=8, i = 4"]["tflop"] / flux["fks N=14"]["tflop"]
     less = f"{1 - few['gflop_per_prompt'] / many['gflop_per_prompt']:.0%} less"
     less = f"{less}: {measured(few, 'reward')}, {measured(many, 'reward')}"
-    tables = [reported(f"06_large-by-{name}") for name in ("medium", "large")]
+    tables = [reported(f"06_large-by-{name}_clip") for name in ("medium", "large")]
     by = [next(r for r in t if r["method"] == "fks+stitchvm") for t in tables]
     steered_by = f"{measured(by[0], 'reward')}; by its own {measured(by[1], 'reward')}"
     cheaper = "a step guided by V costs less than one of standard DPS"
@@ -443,7 +515,7 @@ def claims_of_finetuning():
     gains = [
         f"{gain_over_seeds(f'{m}+stitchvm')}; {gain_over_seeds(m)}" for m in ("draft-3", "nft")
     ]
-    stop = [measured(reported(f"08_stop{n}")[-1], "gain") for n in ("2-12", "12-17")]
+    stop = [mean_of([r["gain"] for r in stopped()[w]]) for w in ((2, 12), (12, 17))]
     stops = f"2..12: {stop[0]}; 12..17: {stop[1]}"
     early = "early stops at V save work: {} GPU-hours; gain at equal work with V, without"
     worst = "08 is worst if it stops at 2..12 of 25 (Fig. 7): gain"
@@ -478,81 +550,133 @@ def gain_over_seeds(method):
 
 
 # ---------------------------------------------------------------------------- pages
+def part(text, table=None, *needs):
+    """Lines of a paragraph and of the table below it, if the results that it needs are there."""
+    if len(there(*needs)) < len(needs):
+        return []
+    return [text, "", *([*table(), ""] if table else [])]
+
+
+def parts_of_the_value():
+    same = "(V - r)^2 on the same noisy latents, and the work of one value"
+    beside = "beside the paper's Table 5 (SD 3.5 Medium)"
+    clip = f"Image to text Recall@1 in per cent, clip, 500 scenes, {beside}, MSCOCO."
+    hpsv2 = f"Preference accuracy in per cent, hpsv2, {beside}, HPDv2."
+    aesthetic = f"Spearman's correlation, aesthetic, {beside}, AVA."
+    late_text = (
+        "Fig. 6, clip: values stitched before early and late reward blocks, of eight, after the "
+        "diffusion block with the least residual, finetuned like the others."
+    )
+    return [
+        part("## 04: quality of a value"),
+        part("![Retrieval and error of clip's value](figures/front.png)"),
+        part(clip, partial(against_the_paper, "clip", PAPER)),
+        part(hpsv2, partial(against_the_paper, "hpsv2", PAPER_HPSV2)),
+        part(aesthetic, partial(against_the_paper, "aesthetic", PAPER_AESTHETIC, 3)),
+        part("Every reward, benchmark and direction, sd3.5-medium.", every_benchmark),
+        part("Every pair at five noise levels.", every_pair),
+        *(part(f"{reward}: {same}.", partial(value_errors, reward)) for reward in METRIC),
+        part("Calibration: slope of r regressed on V, 1 for a conditional mean.", calibration),
+        part(
+            "Choices of 03, clip, tuning split: 1,000 steps of 32 unless a row says more.",
+            selection,
+        ),
+        part(late_text, late, "late"),
+        part("Fig. 6's grid, on held-out images.", grid, "late"),
+    ]
+
+
+def parts_of_guidance():
+    chosen = (
+        "Table 1. Strengths c chosen on 32 tuning prompts among 5 to 80, report prompts, 40 steps, "
+        "CFG 4.5; work is a multiple of plain sampling's, s the seconds of a sample on one core."
+    )
+    windows = ["05_clip-above", "05_clip-below"]
+    return [
+        part("## 05: guidance"),
+        part(chosen, partial(guided, [f"05_{reward}" for reward in METRIC])),
+        part("Guided above or below sigma .5 only.", partial(guided, windows)),
+        part("![Images of 05](figures/05_grid.png)"),
+    ]
+
+
+def parts_of_steering():
+    yardstick = "mean correlation with the final reward within a prompt, 24 tuning prompts of 16"
+    ranks = f"What V and the guided one-step estimate know: {yardstick} (`study.py ranking`)."
+    laws = (
+        "The same of values trained anew on 4,000 of the sampler's own images, at equal cost: on "
+        "z_t = (1-t) z_0 + t eps (forward), on the z_t of their trajectories (samples), and on "
+        "these with blocks that read the prompt (prompted)."
+    )
+    table = [f"06_{reward}" for reward in METRIC]
+    large = [f"06_large-by-{by}_{r}" for r in METRIC for by in ("large", "medium")]
+    lam = "lambda in units of the reward's spread, on tuning prompts."
+    proposals = "Proposals by argmax (Algorithm 1) or corrected; the best particle or the mean."
+    ways = ["curve", "lambda", "proposal", "report"]
+    return [
+        part("## 06: particles"),
+        part("Table 2: four particles, two proposals.", partial(steered, table, ["curve"]), *table),
+        part(
+            "Reward of the best particle against N: clip, 100 prompts, lambda 1 (Fig. 3).",
+            partial(scaling, "06_scaling"),
+        ),
+        part("![Reward against work](figures/06_scaling.png)"),
+        part(
+            "Best of N without the worse half, which V drops at sigma .36; clip.",
+            partial(scaling, "06_prune"),
+        ),
+        part(ranks, partial(within_a_prompt, "ranking")),
+        part(laws, partial(within_a_prompt, "onpolicy"), "onpolicy"),
+        part(
+            "sd3.5-large steered by its own value and by sd3.5-medium's (Table 6).",
+            partial(steered, there(*large), ["curve", "n_particles"]),
+        ),
+        part(lam, partial(steered, ["06_lam"], ["curve", "lambda"])),
+        part(proposals, partial(steered, ["06_proposals"], ways)),
+        part("![Images of 06](figures/06_grid.png)"),
+    ]
+
+
+def parts_of_finetuning():
+    seeds = (
+        "Held-out prompts, no guidance; three seeds at equal work, errors over them. The joint "
+        "reward is dfn-clip+hpsv2 (Table 3, Table 4)."
+    )
+    stops = "Where 08's rollouts stop, of 25 steps (Fig. 7): 7,000 GFLOP."
+    return [
+        part("## 07 and 08: finetuning"),
+        part(seeds, finetuned),
+        part("![Curves of 07](figures/07_seeds.png)"),
+        part("![Curves of 08](figures/08_seeds.png)"),
+        part("07's other methods, even grid, seed 0, 4,000 GFLOP.", other_methods),
+        part(stops, windows),
+        part("How much of 08's gradient is signal (`tests/studies/gradient.py`).", gradients),
+        part("![Images of 07](figures/07_grid.png)"),
+        part("![Images of 08](figures/08_grid.png)"),
+    ]
+
+
 def results():
     """docs/results.md: by stage, each table below one line that says what it shows."""
-    same = "(V - r)^2 on the same noisy latents, and the work of one value"
-    paper = "beside the paper's Table 5 (CLIP, SD 3.5 Medium, MSCOCO)"
-    large = ["06_large-by-large", "06_large-by-medium"]
+    made = "Written by `study.py readme` from [results/](results), which have every flag and seed."
     parts = [
-        ("# Results",),
-        ("Written by `study.py readme` from [results/](results), which have every flag and seed.",),
-        (
+        part("# Results"),
+        part(made),
+        part(
             "Each table is of the models at its commit: `study.py all` measures anew what is older "
-            "than the models are.",
+            "than the models are."
         ),
-        ("## 04: quality of a value",),
-        ("![Retrieval and error of clip's value](figures/front.png)",),
-        (f"Image to text Recall@1 in per cent, clip, 500 scenes, {paper}.", against_the_paper()),
-        ("Every pair at five noise levels.", every_pair()),
-        *((f"{reward}: {same}.", value_errors(reward)) for reward in METRIC),
-        ("Calibration: slope of r regressed on V, 1 for a conditional mean.", calibration()),
-        (
-            "Choices of 03, clip, tuning split: 1,000 steps of 32 unless a row says more.",
-            selection(),
+        *parts_of_the_value(),
+        *parts_of_guidance(),
+        *parts_of_steering(),
+        *parts_of_finetuning(),
+        part("## Without a row"),
+        part(
+            "DiNa-LRM, whose weights have not been published, and NoisyCLIP at the scale of LAION: "
+            "the miniature's is trained on its own scenes (`tests/studies/noisyclip.py`)."
         ),
-        ("## 05: guidance",),
-        (
-            "Strengths c chosen on 32 tuning prompts among 5 to 80, 100 report prompts, 40 steps, "
-            "CFG 4.5; work is a multiple of plain sampling's.",
-            guided([f"05_{reward}" for reward in METRIC]),
-        ),
-        ("Guided above or below sigma .5 only.", guided(["05_clip-above", "05_clip-below"])),
-        ("![Images of 05](figures/05_grid.png)",),
-        ("## 06: particles",),
-        (
-            "Reward of the best particle against N: clip, 100 prompts, lambda 1.",
-            scaling("06_scaling"),
-        ),
-        ("![Reward against work](figures/06_scaling.png)",),
-        (
-            "Best of N without the worse half, which V drops at sigma .36; clip, 100 prompts.",
-            scaling("06_prune"),
-        ),
-        (
-            "What V and the guided one-step estimate say of the final reward within a prompt: "
-            "mean correlation over 24 tuning prompts of 16 samples (`study.py ranking`).",
-            within_a_prompt(),
-        ),
-        (
-            "sd3.5-large steered by its own value and by sd3.5-medium's (Table 6).",
-            steered(large, ["curve", "n_particles"]),
-        ),
-        (
-            "lambda in units of the reward's spread, on tuning prompts.",
-            steered(["06_lam"], ["curve", "lambda"]),
-        ),
-        (
-            "Proposals by argmax (Algorithm 1) or corrected; the best particle or the mean.",
-            steered(["06_proposals"], ["curve", "lambda", "proposal", "report"]),
-        ),
-        ("![Images of 06](figures/06_grid.png)",),
-        ("## 07 and 08: finetuning",),
-        (
-            "Held-out prompts, no guidance; three seeds at equal work, errors over them.",
-            finetuned(),
-        ),
-        ("![Curves of 07](figures/07_seeds.png)",),
-        ("![Curves of 08](figures/08_seeds.png)",),
-        ("07's other methods, even grid, seed 0, 4,000 GFLOP.", other_methods()),
-        ("Where 08's rollouts stop, of 25 steps (Fig. 7): seed 0, 7,000 GFLOP.", windows()),
-        ("How much of 08's gradient is signal (`tests/studies/gradient.py`).", gradients()),
-        ("![Images of 07](figures/07_grid.png)",),
-        ("![Images of 08](figures/08_grid.png)",),
     ]
-    lines = []
-    for text, *table in parts:
-        lines += [text, "", *[line for t in table for line in [*t, ""]]]
-    return "\n".join(lines)
+    return "\n".join(line for lines in parts for line in lines)
 
 
 MARKED = {

@@ -52,38 +52,48 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
+def walk(run, args, rows, look):
+    """z_0 (B, C, h, w) of some samples, numbers (B,), and look(z, u, sigma) at each level but 0."""
+    velocity, _ = dps.step_functions(run, rows // args.samples)
+    z, *noises = dps.noise(args, run.shape, rows.tolist()).to(run.device)
+    seen = []
+    for t, t_next, noise in zip(run.grid[:-1], run.grid[1:], noises, strict=True):
+        sigma = torch.full((len(z),), t, device=run.device)
+        u = velocity(z, sigma)
+        seen.append(look(z, u, sigma))
+        z = sde_step(z, u, t, t_next, noise, dps.NU[args.sampler])
+    return z, seen
+
+
+@torch.no_grad()
 def trajectories(run, args):
     """z (K, P S, C, h, w) and Tweedie's values (K, P S) at all levels but 0, rewards r (P S,)."""
     parts = []
     for rows in tqdm(torch.arange(len(run.rows) * args.samples).split(args.batch)):
-        prompts = rows // args.samples
-        velocity, _ = dps.step_functions(run, prompts)
-        texts = [t if t is None else t[prompts] for t in run.texts]
+        texts = [t if t is None else t[rows // args.samples] for t in run.texts]
         reward = partial(clean_reward, run.rewards, texts)
-        z, *noises = dps.noise(args, run.shape, rows.tolist()).to(run.device)
-        nodes = []
-        guesses = []
-        for t, t_next, noise in zip(run.grid[:-1], run.grid[1:], noises, strict=True):
-            sigma = torch.full((len(z),), t, device=run.device)
-            u = velocity(z, sigma)
-            nodes.append(z)
-            guesses.append(reward(run.backbone.decode(tweedie(z, u, sigma))))
-            z = sde_step(z, u, t, t_next, noise, dps.NU[args.sampler])
-        found = torch.stack(nodes, 1), torch.stack(guesses, 1), reward(run.backbone.decode(z))
-        parts.append([v.cpu() for v in found])
-    z, guesses, r = (torch.cat(v) for v in zip(*parts, strict=True))
-    return dict(z=z.transpose(0, 1).contiguous(), tweedie=guesses.T.contiguous(), r=r)
+        z0, nodes = walk(run, args, rows, lambda *node: node)
+        guesses = [reward(run.backbone.decode(tweedie(*node))) for node in nodes]
+        found = torch.stack([z for z, *_ in nodes]), torch.stack(guesses)
+        parts.append([v.cpu() for v in (*found, reward(run.backbone.decode(z0)))])
+    z, guesses, r = zip(*parts, strict=True)
+    return dict(z=torch.cat(z, 1), tweedie=torch.cat(guesses, 1), r=torch.cat(r))
 
 
 @torch.no_grad()
-def values_of(value, z, grid, text, batch):
-    """V (K, P S) of one value at the nodes z (K, P S, C, h, w) of the levels grid (K,)."""
-    texts = [None] * z.shape[1] if text is None else text.split(batch)
+def values_of(value, z, grid, text, batch, condition=None):
+    """V (K, P S) of one value at the nodes z (K, P S, C, h, w) of the levels grid (K,).
+
+    condition: embedded prompts (P S, ...) that its blocks read in place of the null text.
+    """
+    rows = torch.arange(z.shape[1]).split(batch)
     found = []
     for t, nodes in zip(grid, z, strict=True):
-        parts = zip(nodes.split(batch), texts, strict=False)
-        found.append(torch.cat([value(zs, t, e) for zs, e in parts]).cpu())
-    return torch.stack(found)
+        for part in rows:
+            if condition is not None:
+                value.null = [v[part] for v in condition]
+            found.append(value(nodes[part], t, text if text is None else text[part]).cpu())
+    return torch.cat(found).view(len(grid), -1)
 
 
 def within(v, r):
@@ -96,27 +106,39 @@ def within(v, r):
     return correlation, error, float(both.sum() / v0.square().sum().clamp(min=1e-12))
 
 
-def main(args):
-    run = dps.load(args)
-    text = run.texts[0]
-    text = text if text is None else text.repeat_interleave(args.samples, 0)
-    spec = run.spec | dict(samples=args.samples, values=None)
-    path = Path(args.out, "trajectories.pt")
-    kept = once(path, "ranking", spec, True, partial(trajectories, run, args))
+def judge(found, kept, args, grid):
+    """A row for each value of {name: V (K, P S)} and level: what it says within a prompt."""
     r = kept["r"].view(-1, args.samples)
-    found = dict(tweedie=kept["tweedie"])
-    for file in args.values:
-        value, _ = load_value(file, run.backbone, run.rewards[0], resolution=args.resolution)
-        found[str(file)] = values_of(value, kept["z"], run.grid[:-1], text, args.batch)
     rows = []
     for name, v in found.items():
-        for t, at in zip(run.grid[:-1], v, strict=True):
+        for t, at in zip(grid[:-1], v, strict=True):
             correlation, error, slope = within(at.view_as(r), r)
             row = dict(method=name, sigma=t, slope=slope, n=len(r))
             rows.append(row | mean_and_error(dict(correlation=correlation, value_mse=error)))
     print(f"variance of the reward within a prompt: {float(r.var(1).mean()):.5f}")
     print_table(rows, rows[0])
-    save_table(args, "ranking", rows, variance=float(r.var(1).mean()))
+    return rows
+
+
+def keep_trajectories(run, args):
+    """trajectories(), kept in out/trajectories.pt, and the text of each sample's prompt."""
+    spec = run.spec | dict(samples=args.samples, values=None)
+    path = Path(args.out, "trajectories.pt")
+    kept = once(path, "ranking", spec, True, partial(trajectories, run, args))
+    text = run.texts[0]
+    return kept, text if text is None else text.repeat_interleave(args.samples, 0)
+
+
+def main(args):
+    run = dps.load(args)
+    kept, text = keep_trajectories(run, args)
+    found = dict(tweedie=kept["tweedie"])
+    for file in args.values:
+        value, _ = load_value(file, run.backbone, run.rewards[0], resolution=args.resolution)
+        found[str(file)] = values_of(value, kept["z"], run.grid[:-1], text, args.batch)
+    rows = judge(found, kept, args, run.grid)
+    spread = float(kept["r"].view(-1, args.samples).var(1).mean())
+    save_table(args, "ranking", rows, variance=spread)
     draw_lines(rows, "sigma", ["correlation"], "method", Path(args.out, "ranking.png"))
 
 

@@ -7,6 +7,7 @@ Run     python tests/studies/study.py selection      choices of 03, on the tunin
         python tests/studies/study.py draft          07: three seeds at equal work, other methods
         python tests/studies/study.py nft            08: three seeds at equal work, stop windows
         python tests/studies/study.py ranking        what a value says within a prompt, and why
+        python tests/studies/study.py late           stitching at late reward blocks
         python tests/studies/study.py all            all of these, but for what still stands
         python tests/studies/study.py counts         dry runs beside the paper's measurements
         python tests/studies/study.py ladder         dry runs of all stages: what fits which card
@@ -33,6 +34,7 @@ BACKBONES = ("sd3.5-medium", "sd3.5-large", "flux")
 REWARDS = ("clip", "hpsv2", "aesthetic", "dfn-clip")
 JOINT = "dfn-clip+hpsv2"
 STRENGTHS = (5, 10, 20, 40, 80)
+LATE = (1, 2, 4, 6, 8)  # reward blocks, of eight
 # short trainings of 03: each differs from the first in what is named
 SHORT = ("--steps", 1000, "--batch", 32, "--lr", "1e-3", "--sigma-law", "logit-normal")
 VARIANTS = {
@@ -171,6 +173,25 @@ def table(jobs, backbones, rewards, keep=False):
         write(name, read(STUDY / name / "04_eval_noisy.json"))
 
 
+def late(jobs, keep=False):
+    """The closed form's loss to the reward's last block, and values stitched there (Fig. 6)."""
+    if not unless_kept(["late"], keep):
+        return
+
+    def train(j):
+        out = STUDY / "late" / f"j{j}"
+        run("01_cache_features.py", "--j-max", LATE[-1], "--out", out)
+        run("02_fit_stitch.py", "--j", j, "--out", out)
+        run("03_finetune.py", "--out", out)
+        flags = ("--methods", "stitchvm", "--benchmarks", "tests/mini/data/coco.jsonl")
+        run("04_eval_noisy.py", "--out", out, *flags)
+        return read(out / "02_fit_stitch.json"), read(out / "04_eval_noisy.json")
+
+    found = side_by_side(train, LATE, jobs)
+    rows = [row | fitted["chosen"] for fitted, measured in found for row in measured["rows"]]
+    write("late", found[0][1] | dict(rows=rows, grid=found[0][0]["rows"]))
+
+
 # ---------------------------------------------------------------------------- 05
 def choose_strength(swept, plain, guiding, tolerance=2.0):
     """The strength with the highest mean reward among those that do no visible harm.
@@ -234,7 +255,7 @@ def guided(name, reward, *window):
     tuned, chosen = sweep("tune", "--methods", "flow", "tweedie", "stitchvm", *strengths)
     steps = ("--steps", fewer_steps(tuned["rows"]))
     again, chosen_again = sweep("tune_equal", "--methods", "flow", "tweedie", *strengths, *steps)
-    report = ("--limit", 100, "--save-images")
+    report = ("--limit", 200, "--save-images")
     best = [x for m, c in chosen.items() for x in (f"--strengths-{m}", c)]
     found = sample("report", *report, *best)
     equal = ("--methods", "tweedie", "--strengths-tweedie", chosen_again["tweedie"], *steps)
@@ -269,21 +290,23 @@ def particles():
     clip = value_of("clip")
     methods = ("--methods", "bon", "fks", "fks+stitchvm")
     small = ("--potential-value", "stitchvm", "--limit", 64, "--m", 4)
+    every = ("--potential-value", "tweedie", "stitchvm", "--limit", 200)
     sizes = ("--n", 2, 4, 6, 8, 10, 12, 14, "--n-stitchvm", 2, 4, 6, 8, "--m", 2, 4, 6)
     proposals = ("--proposal", "argmax", "corrected", "--report", "best", "mean")
     large = ("--backbone", "sd3.5-large", *small)
-    own = value_of("clip", "sd3.5-large")
     tune = ("--prompts", f"{TUNE}/drawbench.txt")
     hundred = ("--limit", 100)
     without = ("--methods", "bon", "fks+stitchvm")
-    flags = {f"06_{r}": (*value_of(r), *methods, "--limit", 200) for r in REWARDS}
+    flags = {f"06_{r}": (*value_of(r), *methods, *every) for r in REWARDS}
+    for r in REWARDS:
+        own = value_of(r, "sd3.5-large")
+        flags[f"06_large-by-large_{r}"] = (*own, *methods, *large)
+        flags[f"06_large-by-medium_{r}"] = (*value_of(r), "--methods", "fks+stitchvm", *large)
     flags |= {
         "06_lam": (*clip, *methods, *small, *tune, "--lam", 0.5, 1, 2, 4),
         "06_scaling": (*clip, *methods, *small, *hundred, *sizes),
-        "06_prune": (*clip, "--methods", "bon", "prune", *hundred, "--n", 4, 8, 16),
+        "06_prune": (*clip, "--methods", "bon", "prune", "--limit", 200, "--n", 4, 6, 8, 12, 16),
         "06_proposals": (*clip, *without, *small, *proposals, "--lam", 1, 4),
-        "06_large-by-large": (*own, *methods, *large),
-        "06_large-by-medium": (*clip, "--methods", "fks+stitchvm", *large),
     }
     return {name: ("06_fks.py", (*f, "--save-images")) for name, f in flags.items()}
 
@@ -291,7 +314,7 @@ def particles():
 def drafts():
     """As particles(), of 07."""
     short = ("--gflop", 4000, "--eval-every", 20, "--save-images")
-    long = (*value_of("clip"), *short, "--eval-limit", 100)
+    long = (*value_of("clip"), *short)
     others = ("--grid", "even", "--methods", "draft-1", "alignprop", "draft-1+stitchvm")
     flags = {f"07_seed{seed}": (*long, "--seed", seed) for seed in range(3)}
     flags |= {f"07_joint{s}": (*value_of(JOINT), *short, "--seed", s) for s in range(3)}
@@ -305,9 +328,9 @@ def policies():
     online = ("--eval-every", 5, "--save-images", "--gflop")
     flags = {f"08_seed{seed}": (*clip, *online, 10000, "--seed", seed) for seed in range(3)}
     flags |= {f"08_joint{s}": (*value_of(JOINT), *online, 10000, "--seed", s) for s in range(3)}
-    for low, high in ((2, 12), (12, 17), (12, 25), (20, 25)):
-        stop = ("--methods", "nft+stitchvm", "--stop", low, high)
-        flags[f"08_stop{low}-{high}"] = (*clip, *online, 7000, *stop)
+    for seed, (low, high) in product(range(3), ((2, 12), (12, 17), (12, 25), (20, 25))):
+        stop = ("--methods", "nft+stitchvm", "--stop", low, high, "--seed", seed)
+        flags[f"08_stop{low}-{high}_{seed}"] = (*clip, *online, 7000, *stop)
     signal = (*clip, "--groups", 100, "--every", 3, "--stops", 14, 20)
     jobs = {name: ("08_nft.py", f) for name, f in flags.items()}
     return jobs | {"gradient": ("tests/studies/gradient.py", signal)}
@@ -392,11 +415,19 @@ def ranking(jobs, keep=False):
     write("ranking", found)
 
 
+def laws(jobs, keep=False):
+    """The sampler's own law and the prompt as levers of the same yardstick."""
+    flags = ("--value", "runs/mini/sd3.5-medium_clip/value.pt")
+    compare({"onpolicy": ("tests/studies/onpolicy.py", flags)}, jobs, keep=keep)
+
+
 def everything(jobs):
     """Every measurement of the miniature, but for those that stand."""
     table(jobs, BACKBONES, REWARDS, keep=True)
     selection(jobs, keep=True)
+    late(jobs, keep=True)
     ranking(jobs, keep=True)
+    laws(jobs, keep=True)
     dps(jobs, REWARDS, keep=True)
     for tasks in (particles, drafts, policies):
         compare(tasks(), jobs, keep=True)
@@ -451,7 +482,7 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = ("selection", "table", "dps", "fks", "draft", "nft", "ranking", "all")
+    known = ("selection", "table", "late", "dps", "fks", "draft", "nft", "ranking", "all")
     p.add_argument("what", choices=(*known, "counts", "ladder", "readme"))
     p.add_argument("--backbone", nargs="+", default=BACKBONES, choices=BACKBONES, help="of table")
     p.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS, help="of table and dps")
@@ -463,10 +494,13 @@ def main():
         selection(args.jobs)
     elif args.what == "table":
         table(args.jobs, args.backbone, args.reward)
+    elif args.what == "late":
+        late(args.jobs)
     elif args.what == "dps":
         dps(args.jobs, args.reward)
     elif args.what == "ranking":
         ranking(args.jobs)
+        laws(args.jobs)
     elif args.what == "all":
         everything(args.jobs)
     elif args.what == "counts":
