@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--front", choices=("dit", "vae"), default="dit", help="vae: the noisy latent itself")
     add("--embedding", choices=("mean", "unit"), default="mean", help="what e estimates [D14]")
-    add("--sigma-law", choices=("logit-normal", "uniform"), help="of the noise levels [D2]")
+    add("--sigma-law", choices=("logit-normal", "uniform", "low"), help="of the noise levels [D2]")
     add("--lam-tok", type=within(float, 0), default=1.0, help="weight of the token loss (78)")
     add("--epochs", type=POSITIVE, help="over the images; None: 5 (D.1; mini 12), thrice if vae")
     add("--steps", type=COUNT, help="optimiser steps, instead of --epochs")
@@ -98,10 +98,10 @@ def parse_args(argv=None):
 
 # ---- ALGORITHM: copy from here ----
 def sample_sigma(n, law, generator):
-    """Noise levels (n,) in (0, 1): 'logit-normal', centre-biased, or 'uniform' [D2]."""
-    if law == "uniform":
-        return torch.rand(n, generator=generator)
-    return torch.sigmoid(torch.randn(n, generator=generator))
+    """Noise levels (n,) in (0, 1) [D2]: 'logit-normal', 'uniform', or 'low', its square."""
+    if law == "logit-normal":
+        return torch.sigmoid(torch.randn(n, generator=generator))
+    return torch.rand(n, generator=generator) ** (2 if law == "low" else 1)
 
 
 def distill_loss(e, h, e_rm, h_rm, lam_tok=1.0):

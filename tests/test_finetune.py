@@ -150,11 +150,16 @@ LOGIT_NORMAL = 0.5 * math.erfc(math.log(3) / 2**0.5)
 
 
 @pytest.mark.parametrize(
-    "law, below_quarter, spread, density",
-    [("logit-normal", LOGIT_NORMAL, 0.2083, 1.5958), ("uniform", 0.25, 12**-0.5, 1.0)],
+    "law, mean, median, below_quarter, spread, density",
+    [
+        ("logit-normal", 0.5, 0.5, LOGIT_NORMAL, 0.2083, 1.5958),
+        ("uniform", 0.5, 0.5, 0.25, 12**-0.5, 1.0),
+        ("low", 1 / 3, 0.25, 0.5, (1 / 5 - 1 / 9) ** 0.5, 1.0),
+    ],
 )
-def test_sample_sigma(law, below_quarter, spread, density):
-    """[D2] Mean, median, spread and lower tail within four standard errors of theory."""
+def test_sample_sigma(law, mean, median, below_quarter, spread, density):
+    """[D2] Mean, median, spread and lower tail within four standard errors of theory, where density
+    is that at the median."""
     n = 40000
 
     def draw(seed):
@@ -162,8 +167,8 @@ def test_sample_sigma(law, below_quarter, spread, density):
 
     s = draw(3)
     assert s.shape == (n,) and 0 <= s.min() < 0.05 and 0.95 < s.max() < 1
-    assert abs(s.mean() - 0.5) < 4 * spread / n**0.5
-    assert abs(s.median() - 0.5) < 4 / (2 * density * n**0.5)
+    assert abs(s.mean() - mean) < 4 * spread / n**0.5
+    assert abs(s.median() - median) < 4 / (2 * density * n**0.5)
     error = (below_quarter * (1 - below_quarter) / n) ** 0.5
     assert abs((s < 0.25).double().mean() - below_quarter) < 4 * error
     assert float(s.std()) == pytest.approx(spread, rel=0.02)

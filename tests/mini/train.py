@@ -86,17 +86,7 @@ def optimizers(models, lr, weight_decay, muon):
 
 
 def fit(
-    name,
-    work,
-    models,
-    loss_fn,
-    steps,
-    lr,
-    warmup=0.03,
-    ema=None,
-    weight_decay=0.0,
-    snapshots=(),
-    muon=False,
+    name, work, models, loss_fn, steps, lr, warmup=0.03, ema=None, weight_decay=0.0, muon=False
 ):
     """Train `models` (one nn.Module) with a one-cycle cosine: (models, minutes).
 
@@ -115,12 +105,12 @@ def fit(
         generator.set_state(saved["generator"])
         start, seconds, average = saved["step"], saved["seconds"], saved["average"]
 
-    def save(to, step):
+    def save(step):
         states = [optimizer.state_dict() for optimizer in both]
         state = dict(models=models.state_dict(), optimizers=states)
         state |= dict(generator=generator.get_state(), step=step, seconds=seconds, average=average)
-        torch.save(state, str(to) + ".tmp")
-        os.replace(str(to) + ".tmp", to)
+        torch.save(state, str(path) + ".tmp")
+        os.replace(str(path) + ".tmp", path)
 
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
     last, mean = time.time(), None
@@ -148,11 +138,9 @@ def fit(
             mean = value if mean is None else 0.8 * mean + 0.2 * value
             bar.set_postfix(loss=f"{mean:.4f}")
         if time.time() - last > 60:
-            save(path, step + 1)
+            save(step + 1)
             last = time.time()
-        if step + 1 in snapshots:
-            save(work / f"{name}-{step + 1}.pt", step + 1)
-    save(path, steps)
+    save(steps)
     if ema:
         models.load_state_dict(average)
     return models.eval().requires_grad_(False), seconds / 60
@@ -517,7 +505,7 @@ def train_judge(work):
 
 
 def train_hpsv2(work):
-    """clip with GELU for QuickGELU; a quarter of the groups is by the half-trained generator."""
+    """clip with GELU for QuickGELU; a quarter of the groups is by the generator."""
     torch.manual_seed(6)
     config = clip_config(patch=16, layers=8, width=128, quick_gelu=False)
     clip = build_clip(config)
@@ -527,7 +515,7 @@ def train_hpsv2(work):
 
 
 def generated_groups(work, seed, groups):
-    """As ranked(): an early copy of the generator makes images of a prompt at three strengths."""
+    """As ranked(): the generator makes images of a prompt in few steps, at three strengths."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     def make():
@@ -535,14 +523,15 @@ def generated_groups(work, seed, groups):
         for _ in range(groups):
             scene = draw.sample_split(rng, "train")
             prompts.append(draw.caption(scene, int(rng.integers(5))))
-        transformer, text = early_generator(work)
+        transformer, text = build_generator(MEDIUM)
+        load_weights((transformer.eval(), text), HERE / "sd3.5-medium")
         vae, images, ranks, readings = load_vae(work), [], [], []
-        grid = common.sigma_grid(FlowMatchEulerDiscreteScheduler(shift=3.0), 12, 16)
+        grid = common.sigma_grid(FlowMatchEulerDiscreteScheduler(shift=1.0), 8, 16)
         for k in tqdm(range(0, groups, 50), desc="generated groups"):
             part, made = prompts[k : k + 50], []
             with torch.no_grad():
                 condition, null = (encode_text(text, tokenise(x)) for x in (part, [""]))
-            for cfg in (1.0, 2.5, 4.5, 4.5):
+            for cfg in (1.0, 1.0, 2.5, 4.5):
                 more = dict(condition=condition, null=null, cfg=cfg)
                 velocity = partial(common.velocity, transformer, **more)
                 made.append(sample(velocity, vae, grid, len(part), int(rng.integers(1 << 30))))
@@ -555,17 +544,6 @@ def generated_groups(work, seed, groups):
         return torch.cat(images), tokenise(prompts), torch.tensor(ranks), readings
 
     return cached(work / "generated.pt", make)
-
-
-def early_generator(work):
-    transformer, text = build_generator(MEDIUM)
-    early = work / f"sd3.5-medium-{EARLY}.pt"
-    if not early.exists():
-        make = "make it with --again --only sd3.5-medium"
-        common.fail(f"{early} does not exist, on whose images hpsv2 is trained; {make}")
-    saved = torch.load(early, weights_only=True)["average"]
-    torch.nn.ModuleList([transformer.eval(), *text]).load_state_dict(saved)
-    return transformer, text
 
 
 # ---------------------------------------------------------------------------- aesthetic
@@ -605,7 +583,6 @@ def train_aesthetic(work, steps=4000):
 # ---------------------------------------------------------------------------- generators
 MEDIUM = dict(num_layers=8, width=128, head=32, dual=4)
 LARGE = dict(num_layers=10, width=144, head=36, dual=4)
-EARLY = 1500  # steps after which a copy is kept, to generate imperfect images for hpsv2
 
 
 def build_generator(size):
@@ -682,7 +659,7 @@ def sample(velocity, vae, grid, n, seed):
     return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def train_flow(work, name, models, world, seed, steps, lr=1e-3, teacher=None, snapshots=()):
+def train_flow(work, name, models, world, seed, steps, lr=1e-3, teacher=None):
     """Flow matching with logit-normal times and 12 % null captions; the minutes it took.
 
     models: (transformer, its text encoders), both trained. world: (vae, tokenise, encode), with
@@ -722,8 +699,7 @@ def train_flow(work, name, models, world, seed, steps, lr=1e-3, teacher=None, sn
         return (u.float() - target).square().mean()
 
     both = torch.nn.ModuleList([transformer, *text])
-    settings = dict(ema=0.999, snapshots=snapshots, muon=True)
-    return fit(name, work, both, loss_fn, steps, lr, **settings)[1]
+    return fit(name, work, both, loss_fn, steps, lr, ema=0.999, muon=True)[1]
 
 
 def load_weights(models, folder):
@@ -739,7 +715,7 @@ def train_medium(work, start=None):
     if start:
         load_weights(models, start)
     world = (vae, tokenise, encode_text)
-    minutes = train_flow(work, "sd3.5-medium", models, world, 4, 9000, snapshots=(EARLY,))
+    minutes = train_flow(work, "sd3.5-medium", models, world, 4, 9000)
     save_sd3(*models, vae, HERE / "sd3.5-medium")
     return minutes
 
@@ -792,7 +768,7 @@ def train_large(work, start=None):
         for encoder, trained in zip(models[1], small[1], strict=True):
             encoder.load_state_dict(trained.state_dict())
     world = (vae, tokenise, encode_text)
-    minutes = train_flow(work, "sd3.5-large", models, world, 8, 5500, lr=6e-4)
+    minutes = train_flow(work, "sd3.5-large", models, world, 8, 4200, lr=6e-4)
     save_sd3(*models, vae, HERE / "sd3.5-large")
     return minutes
 
@@ -849,10 +825,10 @@ def train_flux(work, start=None):
     if start:
         load_weights(models, start)
     world = (vae, tokenise_flux, encode_flux)
-    minutes = train_flow(work, "flux-base", models, world, 9, 9000)
+    minutes = train_flow(work, "flux-base", models, world, 9, 7000)
     teacher = copy.deepcopy(models)
     torch.nn.ModuleList([models[0], *models[1]]).requires_grad_(True)
-    minutes += train_flow(work, "flux", models, world, 10, 800, lr=3e-4, teacher=teacher)
+    minutes += train_flow(work, "flux", models, world, 10, 600, lr=3e-4, teacher=teacher)
     save_flux(*models, vae, HERE / "flux")
     return minutes
 
