@@ -921,8 +921,6 @@ def drawn(name):
     """Rows and images uint8 (n, 64, 64, 3) of a drawn benchmark of the report split."""
     from PIL import Image
 
-    if not DATA.exists():
-        draw.write_benchmarks(DATA)
     rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
     return rows, np.stack([np.array(Image.open(DATA / r["image"]).convert("RGB")) for r in rows])
 
@@ -1084,6 +1082,8 @@ def main(argv=None):
             minutes = TRAIN[name](work, **start)
             log.write_text(f"{minutes:.1f}")
             print(f"{name}: {minutes:.1f} minutes")
+    if not DATA.exists():
+        draw.write_benchmarks(DATA)
     table = quality(work, args.only or TRAIN)
     (HERE / "quality.json").write_text(json.dumps(known_quality() | table, indent=1))
     print_quality(table)

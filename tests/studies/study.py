@@ -45,6 +45,7 @@ VARIANTS = {
     "lr 5e-4": ("--lr", "5e-4"),
     "lr 2e-3": ("--lr", "2e-3"),
     "uniform, lr 2e-3": ("--sigma-law", "uniform", "--lr", "2e-3"),
+    "low, lr 2e-3": ("--sigma-law", "low", "--lr", "2e-3"),
     "lam_tok .1": ("--lam-tok", "0.1"),
     "batch 64, half the steps": ("--batch", "64", "--steps", 500),
     "twice the steps": ("--steps", 2000),
@@ -357,15 +358,16 @@ def compare(tasks, jobs, only=None, keep=False):
 
 # ---------------------------------------------------------------------------- a value that ranks
 LONG = ("--steps", 11700)  # four times 03's
+LOW = ("--sigma-law", "low")
 LEVERS = {  # {name: (training images, flags of 02, flags of 03)}
-    "as it is": ("drawn", (), ()),
-    "30,000 drawn": ("more", (), ("--epochs", 3)),
-    "generated": ("generated", (), ("--steps", 2925)),
-    "later i": ("drawn", ("--i", 5, "--j", 1), ()),
-    "four times as long": ("drawn", (), LONG),
-    "four times, 30,000 drawn": ("more", (), LONG),
-    "four times, generated": ("generated", (), LONG),
-    "four times, 30,000 drawn, later i": ("more", ("--i", 5, "--j", 1), LONG),
+    "as it is": ("drawn", (), ("--sigma-law", "uniform")),
+    "low noise": ("drawn", (), LOW),
+    "30,000 drawn": ("more", (), (*LOW, "--epochs", 3)),
+    "generated": ("generated", (), (*LOW, "--steps", 2925)),
+    "later i": ("drawn", ("--i", 5, "--j", 1), LOW),
+    "four times as long": ("drawn", (), (*LOW, *LONG)),
+    "four times, 30,000 drawn": ("more", (), (*LOW, *LONG)),
+    "four times, 30,000 drawn, later i": ("more", ("--i", 5, "--j", 1), (*LOW, *LONG)),
 }
 
 
