@@ -21,6 +21,20 @@ def test_within_a_prompt_by_hand():
     assert torch.allclose(correlation, -torch.ones(3).double()) and slope == pytest.approx(-1)
 
 
+def test_what_dropping_gains_by_hand():
+    """A perfect value keeps the best for less work; one that says nothing loses; of N = 2 that cost
+    half, the best of one is what there is at equal work."""
+    r = torch.rand(40, 16, generator=common.generator(1)).double()
+    noise = torch.rand(40, 16, generator=common.generator(2)).double()
+    perfect, none = ranking.dropping(r, r, 0.5, 0.0), ranking.dropping(noise, r, 0.5, 0.0)
+    assert (perfect > 0).all() and none.mean() < 0
+    best = [k / (k + 1) for k in (6, 8)]  # of k uniform numbers
+    assert perfect.mean() == pytest.approx(best[1] - best[0], abs=0.01)
+    two = torch.tensor([[0.0, 1.0]]).double()
+    assert ranking.dropping(two, two, 1.0, 0.0).item() == pytest.approx(0.5, abs=0.1)
+    assert ranking.dropping(two, two, 1.0, 9.0).item() == 0
+
+
 def test_a_short_run(tmp_path, monkeypatch, values):
     """The last estimate is all but the reward; trajectories are kept, and other values join."""
     monkeypatch.chdir(common.ROOT)

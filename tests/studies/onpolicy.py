@@ -145,14 +145,17 @@ def main(args, sampler):
     kept, text = ranking.keep_trajectories(run, sampler)
     prompts = [v.repeat_interleave(sampler.samples, 0) for v in run.condition]
     found = dict(tweedie=kept["tweedie"])
+    values = {}
     for law in LAWS:
-        value = train(stitched(given, law, data, source), law, data, source, args)
+        value = values[law] = train(stitched(given, law, data, source), law, data, source, args)
         condition = prompts if law == "prompted" else None
         nodes = kept["z"], run.grid[:-1], text, sampler.batch, condition
         found[law] = ranking.values_of(value, *nodes)
-    rows = ranking.judge(found, kept, sampler, run.grid)
+        value.null = run.null  # what it costs does not depend on the text
+    price = ranking.prices(run, sampler, values)
+    rows = ranking.judge(found, kept, sampler, run.grid, price)
     save_table(sampler, "onpolicy", rows, training=vars(args))
-    draw_lines(rows, "sigma", ["correlation"], "method", Path(args.out, "onpolicy.png"))
+    draw_lines(rows, "sigma", ["correlation", "gain"], "method", Path(args.out, "onpolicy.png"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 Of each prompt several trajectories of 05's sampler are kept. At every noise level the correlation,
 within a prompt, of a value with the final reward of that very trajectory, its mean over the
 prompts and the error of that; beside it the error of the value and the slope of r regressed on it,
-within a prompt too. `tweedie` is the reward of the prompted, guided one-step estimate.
+within a prompt too; and what steering by it can gain: the reward of the best of N samples whose
+worse half is dropped at that level, less that of best of n at equal work. `tweedie` is the reward
+of the prompted, guided one-step estimate.
 
 Reads   value models (03), as many as there are to compare; prompts of the tuning split
 Writes  out/ranking.json, ranking.png; out/trajectories.pt, which is used again
@@ -13,6 +15,7 @@ All flags of 05 apply but --value, --methods and those of strengths.
 
 import argparse
 import importlib
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,6 +29,8 @@ sys.path.insert(0, str(ROOT))
 from common import (  # noqa: E402
     clean_reward,
     draw_lines,
+    generator,
+    gflop,
     load_value,
     mean_and_error,
     once,
@@ -106,15 +111,47 @@ def within(v, r):
     return correlation, error, float(both.sum() / v0.square().sum().clamp(min=1e-12))
 
 
-def judge(found, kept, args, grid):
+def dropping(v, r, share, price, N=8, draws=500):
+    """What it gains (P,) over best of n of equal work to drop, of N samples, the half of lower v.
+
+    v, r (P, S): v at a level below which lies `share` of a sample's work; price: of one v, as a
+    share of that work. N of the S samples are drawn again and again, the same ones for every v.
+    """
+    N = min(N, r.shape[1])
+    random = generator("dropping")
+    drawn = torch.stack([torch.randperm(r.shape[1], generator=random) for _ in range(draws)])
+    drawn = drawn[:, :N]
+    best = torch.stack([r[:, drawn[:, :n]].amax(2).mean(1) for n in range(1, N + 1)])
+    stays = v[:, drawn].topk(N // 2).indices
+    reward = r[:, drawn].gather(2, stays).amax(2).mean(1)
+    n = min(N - (N - N // 2) * share + N * price, N)
+    return reward - torch.lerp(best[int(n) - 1], best[math.ceil(n) - 1], n % 1)
+
+
+def prices(run, args, values):
+    """What one value costs, as a share of the work of a sample: {name: share}."""
+    with torch.no_grad():
+        z = torch.zeros(1, *run.shape, device=run.device)
+        texts = [t if t is None else t[:1] for t in run.texts]
+        x = run.backbone.decode(z)
+        work = {name: gflop(partial(v, z, 0.5, texts[0])) for name, v in values.items()}
+        cost = {k: c for k, (c, _) in dps.costs(run, ["flow"]).items()}
+        work["tweedie"] = gflop(partial(clean_reward, run.rewards, texts, x)) + sum(cost.values())
+    return {name: w / (args.steps * cost["flow"] + cost["decode"]) for name, w in work.items()}
+
+
+def judge(found, kept, args, grid, price):
     """A row for each value of {name: V (K, P S)} and level: what it says within a prompt."""
     r = kept["r"].view(-1, args.samples)
     rows = []
     for name, v in found.items():
-        for t, at in zip(grid[:-1], v, strict=True):
-            correlation, error, slope = within(at.view_as(r), r)
-            row = dict(method=name, sigma=t, slope=slope, n=len(r))
-            rows.append(row | mean_and_error(dict(correlation=correlation, value_mse=error)))
+        for k, t in enumerate(grid[:-1]):
+            at = v[k].view_as(r)
+            correlation, error, slope = within(at, r)
+            row = dict(method=name, sigma=t, slope=slope, n=len(r), price=price[name])
+            gain = dropping(at, r, 1 - k / args.steps, price[name])
+            scores = dict(correlation=correlation, value_mse=error, gain=gain)
+            rows.append(row | mean_and_error(scores))
     print(f"variance of the reward within a prompt: {float(r.var(1).mean()):.5f}")
     print_table(rows, rows[0])
     return rows
@@ -133,13 +170,15 @@ def main(args):
     run = dps.load(args)
     kept, text = keep_trajectories(run, args)
     found = dict(tweedie=kept["tweedie"])
-    for file in args.values:
-        value, _ = load_value(file, run.backbone, run.rewards[0], resolution=args.resolution)
-        found[str(file)] = values_of(value, kept["z"], run.grid[:-1], text, args.batch)
-    rows = judge(found, kept, args, run.grid)
+    values = {}
+    for file in map(str, args.values):
+        given = run.backbone, run.rewards[0]
+        values[file], _ = load_value(file, *given, resolution=args.resolution)
+        found[file] = values_of(values[file], kept["z"], run.grid[:-1], text, args.batch)
+    rows = judge(found, kept, args, run.grid, prices(run, args, values))
     spread = float(kept["r"].view(-1, args.samples).var(1).mean())
     save_table(args, "ranking", rows, variance=spread)
-    draw_lines(rows, "sigma", ["correlation"], "method", Path(args.out, "ranking.png"))
+    draw_lines(rows, "sigma", ["correlation", "gain"], "method", Path(args.out, "ranking.png"))
 
 
 if __name__ == "__main__":
