@@ -234,20 +234,17 @@ def steered(names, keys):
     return markdown(["", *keys, "n", "reward", "judge", "geneval", "GFLOP"], rows)
 
 
-def within_a_prompt(name):
-    """Correlation with the final reward within a prompt at every second noise level, and the mean
-    squared error at the level nearest .15."""
+def by_level(name, key, digits, scale=1):
+    """A row for each value, a column for every fifth noise level of 05's sampler below sigma .9."""
     rows = read(name)["rows"]
     levels = list(dict.fromkeys(r["sigma"] for r in rows))
-    low = min(levels, key=lambda s: abs(s - 0.15))
+    shown = [s for s in levels if s < 0.9][:: max(1, len(levels) // 8)]
     found = {(r["method"], r["sigma"]): r for r in rows}
     lines = []
     for method in dict.fromkeys(m for m, _ in found):
-        cells = [measured(found[method, s], "correlation", digits=2) for s in levels[3::2]]
-        error = f"{found[method, low]['value_mse']:.4f}"
-        label = "one-step estimate" if method == "tweedie" else method
-        lines.append([label, *cells, error])
-    return markdown(["sigma", *(f"{s:.2f}" for s in levels[3::2]), f"error, {low:.2f}"], lines)
+        cells = [measured(found[method, s], key, scale, digits) for s in shown]
+        lines.append(["one-step estimate" if method == "tweedie" else method, *cells])
+    return markdown(["sigma", *(f"{s:.2f}" for s in shown)], lines)
 
 
 # ---------------------------------------------------------------------------- 07 and 08
@@ -601,12 +598,19 @@ def parts_of_guidance():
 
 
 def parts_of_steering():
-    yardstick = "mean correlation with the final reward within a prompt, 24 tuning prompts of 16"
-    ranks = f"What V and the guided one-step estimate know: {yardstick} (`study.py ranking`)."
+    ranks = (
+        "What V, by lever, and the guided one-step estimate know: mean correlation with the final "
+        "reward within a prompt, 24 tuning prompts of 16 samples (`study.py ranking`)."
+    )
+    errors = "Their mean squared error, times 1,000; the reward varies by {:.1f} within a prompt."
+    gains = (
+        "What can be had by it: reward of the best of 8 whose worse half is dropped at that level, "
+        "less that of best of n at equal work, times 1,000."
+    )
     laws = (
-        "The same of values trained anew on 4,000 of the sampler's own images, at equal cost: on "
-        "z_t = (1-t) z_0 + t eps (forward), on the z_t of their trajectories (samples), and on "
-        "these with blocks that read the prompt (prompted)."
+        "Values trained anew on 4,000 of the sampler's own images, at equal cost: on z_t = (1-t) "
+        "z_0 + t eps (forward), on the z_t of their trajectories (samples), and on these with "
+        "blocks that read the prompt (prompted). Correlations as above."
     )
     table = [f"06_{reward}" for reward in METRIC]
     large = [f"06_large-by-{by}_{r}" for r in METRIC for by in ("large", "medium")]
@@ -625,8 +629,13 @@ def parts_of_steering():
             "Best of N without the worse half, which V drops at sigma .36; clip.",
             partial(scaling, "06_prune"),
         ),
-        part(ranks, partial(within_a_prompt, "ranking")),
-        part(laws, partial(within_a_prompt, "onpolicy"), "onpolicy"),
+        part(ranks, partial(by_level, "ranking", "correlation", 2)),
+        part(
+            errors.format(1000 * read("ranking")["variance"]),
+            partial(by_level, "ranking", "value_mse", 1, 1000),
+        ),
+        part(gains, partial(by_level, "ranking", "gain", 1, 1000), "onpolicy"),
+        part(laws, partial(by_level, "onpolicy", "correlation", 2), "onpolicy"),
         part(
             "sd3.5-large steered by its own value and by sd3.5-medium's (Table 6).",
             partial(steered, there(*large), ["curve", "n_particles"]),

@@ -51,7 +51,7 @@ def parse_args(argv=None):
     p.add_argument("--samples", type=int, default=16, help="of a prompt")
     p.add_argument("--out", default="runs/ranking")
     given, rest = p.parse_known_args(argv)
-    flags = ["--prompts", "tests/mini/data/tune/drawbench.txt", "--limit", "24", "--steps", "20"]
+    flags = ["--prompts", "tests/mini/data/tune/drawbench.txt", "--limit", "24", "--steps", "40"]
     flags += ["--batch", "64", *rest, "--methods", "flow", "--out", given.out]
     return argparse.Namespace(**vars(dps.parse_args(flags)) | vars(given))
 
