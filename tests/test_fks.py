@@ -864,8 +864,8 @@ def test_a_short_run(out):
         assert (set(row) >= STEERED) == row["method"].startswith("fks")
         assert row["n"] == 3 and row["killed"] == row["failed"] == 0
         assert 1 <= row["ancestors"] <= row["n_particles"]
-        dropped = row["method"] == "prune"  # one of two, before the last of five steps
-        assert row["denoiser_calls"] == 10 * row["n_particles"] - 2 * dropped
+        dropped = row["method"] == "prune"  # one of two, before the last two of five steps
+        assert row["denoiser_calls"] == 10 * row["n_particles"] - 4 * dropped
     flow, bon, prune, best, mean = rows[:5]
     assert prune["ancestors"] == 1 and "lambda" not in prune
     assert flow["reward"] <= bon["reward"] and best["reward"] >= mean["reward"]
