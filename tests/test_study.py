@@ -63,6 +63,17 @@ def test_work_saved():
     assert pages.work_saved(faster) == {}
 
 
+def test_best_of_n_for_the_work_of_a_row(monkeypatch):
+    """Plain sampling is best of one; between what was measured it is linear, beyond it unknown."""
+    found = [dict(gflop_per_prompt=20, reward=0.6), dict(gflop_per_prompt=60, reward=0.8)]
+    monkeypatch.setattr(pages, "there", lambda *names: names)
+    monkeypatch.setattr(pages, "reported", lambda name: found)
+    plain = dict(gflop_per_sample=10, reward=0.5)
+    work = (10, 15, 20, 40, 61)
+    cells = [pages.best_of_n("clip", plain, w) for w in work]
+    assert cells == ["0.500", "0.550", "0.600", "0.700", ""]
+
+
 def test_studies_name_flags_that_exist():
     """A study takes hours: a flag that its stage does not know should not wait for its turn."""
     import importlib

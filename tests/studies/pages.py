@@ -5,6 +5,7 @@ between <!-- name --> and <!-- /name -->. A test fails when a page and the JSON 
 """
 
 import json
+import re
 import statistics
 from functools import partial
 from itertools import product
@@ -193,17 +194,37 @@ def selection():
 
 
 # ---------------------------------------------------------------------------- 05 and 06
+def best_of_n(reward, plain, work):
+    """Reward of best of n for this work (GFLOP), linear between what was measured, or nothing.
+
+    plain: the row of plain sampling, which is best of one.
+    """
+    if not there(f"06_bon_{reward}"):
+        return ""
+    points = [(plain["gflop_per_sample"], plain["reward"])]
+    points += [(r["gflop_per_prompt"], r["reward"]) for r in reported(f"06_bon_{reward}")]
+    for (low, a), (high, b) in zip(points, points[1:], strict=False):
+        if low <= work <= high:
+            return f"{a + (b - a) * (work - low) / (high - low):.3f}"
+    return ""
+
+
 def guided(names):
     head = ["reward", "method", "c", "steps", "reward", "judge", "geneval", "work", "s", "MB kept"]
+    head.append("best of n for this work")
     rows = []
     for name in names:
-        plain = next(r for r in reported(name) if r["method"] == "flow")["gflop_per_sample"]
+        plain = next(r for r in reported(name) if r["method"] == "flow")
         for r in reported(name):
             both = (r["strength"], r.get("strength_tweedie"))
             strengths = ", ".join(f"{c:g}" for c in both if c)
             scores = [measured(r, k) for k in ("reward", "judge", "geneval")]
-            cost = [f"{r['gflop_per_sample'] / plain:.1f}", f"{r['s_per_sample']:.2f}"]
-            cost.append(f"{r['peak_memory_mb']:.1f}")
+            work = r["gflop_per_sample"]
+            cost = [f"{work / plain['gflop_per_sample']:.1f}", f"{r['s_per_sample']:.2f}"]
+            cost += [
+                f"{r['peak_memory_mb']:.1f}",
+                best_of_n(re.sub("-(above|below)$", "", name[3:]), plain, work),
+            ]
             rows.append([name[3:], r["method"], strengths, r["steps"], *scores, *cost])
     return markdown(head, rows)
 

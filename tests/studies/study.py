@@ -299,6 +299,8 @@ def particles():
     hundred = ("--limit", 100)
     without = ("--methods", "bon", "fks+stitchvm")
     flags = {f"06_{r}": (*value_of(r), *methods, *every) for r in REWARDS}
+    bon = ("--methods", "bon", "--n", 2, 3, 6, "--limit", 200)
+    flags |= {f"06_bon_{r}": (*value_of(r), *bon) for r in REWARDS}
     for r in REWARDS:
         own = value_of(r, "sd3.5-large")
         flags[f"06_large-by-large_{r}"] = (*own, *methods, *large)
