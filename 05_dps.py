@@ -16,8 +16,8 @@ Run     python 05_dps.py
         python 05_dps.py --strengths-tweedie 10 20 40 --strengths-stitchvm 10 20 40
         python 05_dps.py --guide-to 0.5 --out DIR --value FILE       # above sigma .5 only
 Departs from the paper: the first step is unguided in form (39), for t/(1-t) is infinite at t = 1;
-        the last adds no noise; strengths, the miniature's unit guidance and --shift 1 [D11]. Peak
-        memory is the GPU allocator's; on the CPU what autograd keeps in a step of one sample.
+        the last adds no noise; strengths and the miniature's unit guidance [D11], its --shift 1.
+        Peak memory is the GPU allocator's; on the CPU what autograd keeps in a step of one sample.
 """
 
 import argparse

@@ -80,10 +80,10 @@ def draw(law, data, grid, rows, random):
     """z_t (B, C, h, w) and t (B,) of some samples, each at a level of the sampler."""
     k = torch.randint(len(grid), (len(rows),), generator=random)
     t = torch.tensor(grid)[k]
-    eps = torch.randn(data["z0"][rows].shape, generator=random)  # so that all draw the same t
-    return add_noise(data["z0"][rows], eps, t) if law == "forward" else data["z"][
-        rows, k
-    ].float(), t
+    z0 = data["z0"][rows]
+    eps = torch.randn(z0.shape, generator=random)  # drawn by all, so that all have the same t
+    z_t = add_noise(z0, eps, t) if law == "forward" else data["z"][rows, k].float()
+    return z_t, t
 
 
 def read_prompt(value, law, condition, rows):

@@ -20,12 +20,6 @@ METRIC = {
     "hpsv2": ("hpdv2", "hpdv2_accuracy"),
     "aesthetic": ("ava", "srcc"),
 }
-BENCHMARKS = {
-    "clip": ["coco", "flickr30k"],
-    "dfn-clip": ["coco", "flickr30k"],
-    "hpsv2": ["hpdv2", "imagereward"],
-    "aesthetic": ["ava"],
-}
 # Table 5 of the paper, as far as its figures are known here: of SD 3.5 Medium, in per cent
 PAPER_HPSV2 = {"clean": [83.28] * 5, "stitchvm": [81.78, 81.87, 80.92, 78.90, 74.68]}
 PAPER_AESTHETIC = {
@@ -125,21 +119,26 @@ def against_the_paper(reward, paper, digits=1):
 def every_benchmark():
     """Table 5: every reward, benchmark and direction on sd3.5-medium."""
     rows = []
-    for reward, benchmarks in BENCHMARKS.items():
-        for benchmark in benchmarks:
-            found = [r for r in reported(f"04_{reward}") if r["benchmark"] == benchmark]
-            for metric in dict.fromkeys(r["metric"] for r in found):
-                for method in ("clean", "stitchvm", "vae-stitch", "noisyclip", "tweedie"):
-                    if cells := quality(found, metric, method):
-                        rows.append([reward, f"{benchmark}: {metric}", method, *cells])
+    for reward in METRIC:
+        found = reported(f"04_{reward}")
+        for benchmark, metric in dict.fromkeys((r["benchmark"], r["metric"]) for r in found):
+            own = [r for r in found if r["benchmark"] == benchmark]
+            for method in ("clean", "stitchvm", "vae-stitch", "noisyclip", "tweedie"):
+                if cells := quality(own, metric, method):
+                    rows.append([reward, f"{benchmark}: {metric}", method, *cells])
     return markdown(["reward", "benchmark", "method", *SIGMAS], rows)
+
+
+def residuals():
+    """{(i, j): the closed form's residual, as a share of the target's variance}."""
+    return {(r["i"], r["j"]): f"{r['relative_loss']:.3f}" for r in read("late")["grid"]}
 
 
 def late():
     """Fig. 6: retrieval of values stitched before early and late reward blocks."""
     rows = []
     found = reported("late")
-    relative = {(r["i"], r["j"]): f"{r['relative_loss']:.3f}" for r in read("late")["grid"]}
+    relative = residuals()
     for i, j in dict.fromkeys((r["i"], r["j"]) for r in found):
         cells = quality([r for r in found if r["j"] == j], "recall@1_i2t", "stitchvm")
         rows.append([f"({i}, {j})", relative[i, j], *cells])
@@ -148,7 +147,7 @@ def late():
 
 def grid():
     """Fig. 6: the closed form's residual for every i, down, and j, across."""
-    found = {(r["i"], r["j"]): f"{r['relative_loss']:.3f}" for r in read("late")["grid"]}
+    found = residuals()
     depths, places = (sorted({key[n] for key in found}) for n in (0, 1))
     rows = [[f"i = {i}", *(found[i, j] for j in places)] for i in depths]
     return markdown(["residual / variance", *(f"j = {j}" for j in places)], rows)
@@ -335,11 +334,16 @@ def stopped():
     return dict(sorted(found.items()))
 
 
+def over_seeds(rows, key):
+    """Mean and error over the seeds, a row each; of one seed its own, which is over prompts."""
+    return measured(rows[0], key) if len(rows) == 1 else mean_of([r[key] for r in rows])
+
+
 def windows():
     rows = []
     for (low, high), last in stopped().items():
         keys = ("reward", "gain", "judge", "geneval")
-        scores = [mean_of([r[k] for r in last]) for k in keys]
+        scores = [over_seeds(last, k) for k in keys]
         cost = [f"{statistics.mean(r[k] for r in last):,.0f}" for k in ("update", "gflop")]
         rows.append([f"{low} to {high}", len(last), *scores, *cost])
     head = ["stops after", "seeds", "reward", "gain", "judge", "geneval", "updates", "GFLOP"]
@@ -533,7 +537,7 @@ def claims_of_finetuning():
     gains = [
         f"{gain_over_seeds(f'{m}+stitchvm')}; {gain_over_seeds(m)}" for m in ("draft-3", "nft")
     ]
-    stop = [mean_of([r["gain"] for r in stopped()[w]]) for w in ((2, 12), (12, 17))]
+    stop = [over_seeds(stopped()[window], "gain") for window in ((2, 12), (12, 17))]
     stops = f"2..12: {stop[0]}; 12..17: {stop[1]}"
     early = "early stops at V save work: {} GPU-hours; gain at equal work with V, without"
     worst = "08 is worst if it stops at 2..12 of 25 (Fig. 7): gain"
@@ -638,6 +642,7 @@ def parts_of_steering():
     lam = "lambda in units of the reward's spread, on tuning prompts."
     proposals = "Proposals by argmax (Algorithm 1) or corrected; the best particle or the mean."
     ways = ["curve", "lambda", "proposal", "report"]
+    has_gains = "gain" in read("ranking")["rows"][0]
     return [
         part("## 06: particles"),
         part("Table 2: four particles, two proposals.", partial(steered, table, ["curve"]), *table),
@@ -655,7 +660,7 @@ def parts_of_steering():
             errors.format(1000 * read("ranking")["variance"]),
             partial(by_level, "ranking", "value_mse", 1, 1000),
         ),
-        part(gains, partial(by_level, "ranking", "gain", 1, 1000), "onpolicy"),
+        part(gains, partial(by_level, "ranking", "gain", 1, 1000)) if has_gains else [],
         part(laws, partial(by_level, "onpolicy", "correlation", 2), "onpolicy"),
         part(
             "sd3.5-large steered by its own value and by sd3.5-medium's (Table 6).",
