@@ -91,9 +91,14 @@ def test_a_short_run_of_the_laws(tmp_path, monkeypatch, values):
         return step_loss(model, *rest)
 
     monkeypatch.setattr(onpolicy.finetune, "step_loss", watched)
-    onpolicy.main(*onpolicy.parse_args([*flags, "--train-steps", "2", "--train-batch", "3"]))
+    flags += ["--train-steps", "2", "--train-batch", "3", "--strengths", "0", "40"]
+    onpolicy.main(*onpolicy.parse_args(flags))
     assert texts == [1, 1, 1, 1, 3, 3]
-    rows = json.loads((tmp_path / "onpolicy.json").read_text())["rows"]
+    table = json.loads((tmp_path / "onpolicy.json").read_text())
+    reward = {(r["lever"], r["strength"]): r["reward"] for r in table["guided"]}
+    assert len({reward[law, 0.0] for law in onpolicy.LAWS}) == 1  # not guided
+    assert len({reward[law, c] for law in onpolicy.LAWS for c in (0.0, 40.0)}) == 4
+    rows = table["rows"]
     assert list(dict.fromkeys(r["method"] for r in rows)) == ["tweedie", *onpolicy.LAWS]
     at = {r["method"]: r["value_mse"] for r in rows if r["sigma"] < 0.1}
     assert at["forward"] != at["samples"] != at["prompted"]

@@ -8,7 +8,8 @@ are stitched and finetuned anew on these samples, at equal cost and the same noi
     prompted    the same, and the blocks read the sample's prompt
 
 The stitch of each is fitted in closed form on its own features, after the given value's block; the
-loss is (78). They are judged as in ranking.py, on prompts of the tuning split.
+loss is (78). They are judged as in ranking.py, on prompts of the tuning split, and by the reward of
+samples that V's gradient guides there.
 
 Reads   a value (03): its reward, stitch point and norm; prompts
 Writes  out/onpolicy.json, onpolicy.png; out/samples.pt and trajectories.pt, which are used again
@@ -30,10 +31,13 @@ from common import (
     Stitch,
     StitchedValue,
     add_noise,
+    clean_reward,
     draw_lines,
     generator,
     load_value,
+    mean_and_error,
     once,
+    print_table,
     save_table,
 )
 
@@ -54,6 +58,7 @@ def parse_args(argv=None):
     add("--train-samples", type=int, default=4000, help="one of each caption")
     add("--train-steps", type=int, default=2925, help="of each value")
     add("--train-batch", type=int, default=32)
+    add("--strengths", type=float, nargs="+", default=[10, 20, 40, 80], help="of V's gradient")
     add("--lr", type=float, default=2e-3, help="of the tail; the stitch has five times that")
     add("--out", default="runs/onpolicy")
     args, rest = p.parse_known_args(argv)
@@ -131,6 +136,23 @@ def train(value, law, data, run, args):
     return value.eval()
 
 
+@torch.no_grad()
+def guided(run, args, value, law, strength):
+    """Rewards (P,) of a sample of each prompt of 05's sampler, guided by grad V alone."""
+    found = []
+    for rows in torch.arange(len(run.rows)).split(args.batch):
+        read_prompt(value, law, run.condition, rows)
+        velocity, _ = dps.step_functions(run, rows)
+        texts = [t if t is None else t[rows] for t in run.texts]
+        gradient = partial(dps.stitchvm_gradient, velocity, [value], texts)
+        guides = [(gradient, strength)] * args.steps
+        z, *noises = dps.noise(args, run.shape, rows.tolist())
+        form = args.guidance, dps.NU[args.sampler]
+        z = dps.sample(z, noises, run.grid, velocity, guides, *form)
+        found.append(clean_reward(run.rewards, texts, run.backbone.decode(z)))
+    return torch.cat(found)
+
+
 def main(args, sampler):
     """sampler: the flags of ranking.py."""
     chosen = dict(prompts=args.captions, limit=args.train_samples, samples=1)
@@ -146,15 +168,20 @@ def main(args, sampler):
     prompts = [v.repeat_interleave(sampler.samples, 0) for v in run.condition]
     found = dict(tweedie=kept["tweedie"])
     values = {}
+    steered = []
     for law in LAWS:
         value = values[law] = train(stitched(given, law, data, source), law, data, source, args)
         condition = prompts if law == "prompted" else None
         nodes = kept["z"], run.grid[:-1], text, sampler.batch, condition
         found[law] = ranking.values_of(value, *nodes)
+        for c in args.strengths:
+            reward = guided(run, sampler, value, law, c)
+            steered.append(dict(lever=law, strength=c, **mean_and_error(dict(reward=reward))))
         value.null = run.null  # what it costs does not depend on the text
     price = ranking.prices(run, sampler, values)
     rows = ranking.judge(found, kept, sampler, run.grid, price)
-    save_table(sampler, "onpolicy", rows, training=vars(args))
+    print_table(steered, steered[0])
+    save_table(sampler, "onpolicy", rows, training=vars(args), guided=steered)
     draw_lines(rows, "sigma", ["correlation", "gain"], "method", Path(args.out, "onpolicy.png"))
 
 

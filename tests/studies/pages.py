@@ -222,7 +222,7 @@ def guided(names):
             cost = [f"{work / plain['gflop_per_sample']:.1f}", f"{r['s_per_sample']:.2f}"]
             cost += [
                 f"{r['peak_memory_mb']:.1f}",
-                best_of_n(re.sub("-(above|below)$", "", name[3:]), plain, work),
+                best_of_n(re.sub("-(above|below|end)$", "", name[3:]), plain, work),
             ]
             rows.append([name[3:], r["method"], strengths, r["steps"], *scores, *cost])
     return markdown(head, rows)
@@ -265,6 +265,13 @@ def by_level(name, key, digits, scale=1):
         cells = [measured(found[method, s], key, scale, digits) for s in shown]
         lines.append(["one-step estimate" if method == "tweedie" else method, *cells])
     return markdown(["sigma", *(f"{s:.2f}" for s in shown)], lines)
+
+
+def guided_by_lever():
+    rows = []
+    for r in read("ranking")["guided"]:
+        rows.append([r["lever"], f"{r['strength']:g}", measured(r, "reward"), measured(r, "judge")])
+    return markdown(["lever", "c", "reward", "judge"], rows)
 
 
 # ---------------------------------------------------------------------------- 07 and 08
@@ -613,11 +620,11 @@ def parts_of_guidance():
         "Table 1. Strengths c chosen on 32 tuning prompts among 5 to 80, report prompts, 40 steps, "
         "CFG 4.5; work is a multiple of plain sampling's, s the seconds of a sample on one core."
     )
-    windows = ["05_clip-above", "05_clip-below"]
+    windows = there("05_clip-above", "05_clip-below", "05_clip-end")
     return [
         part("## 05: guidance"),
         part(chosen, partial(guided, [f"05_{reward}" for reward in METRIC])),
-        part("Guided above or below sigma .5 only.", partial(guided, windows)),
+        part("Guided above or below sigma .5 only, or below .25 (end).", partial(guided, windows)),
         part("![Images of 05](figures/05_grid.png)"),
     ]
 
@@ -637,6 +644,7 @@ def parts_of_steering():
         "z_0 + t eps (forward), on the z_t of their trajectories (samples), and on these with "
         "blocks that read the prompt (prompted). Correlations as above."
     )
+    levers = "The same levers in guidance: V's gradient alone in 05, 32 tuning prompts."
     table = [f"06_{reward}" for reward in METRIC]
     large = [f"06_large-by-{by}_{r}" for r in METRIC for by in ("large", "medium")]
     lam = "lambda in units of the reward's spread, on tuning prompts."
@@ -661,6 +669,7 @@ def parts_of_steering():
             partial(by_level, "ranking", "value_mse", 1, 1000),
         ),
         part(gains, partial(by_level, "ranking", "gain", 1, 1000)) if has_gains else [],
+        part(levers, guided_by_lever) if "guided" in read("ranking") else [],
         part(laws, partial(by_level, "onpolicy", "correlation", 2), "onpolicy"),
         part(
             "sd3.5-large steered by its own value and by sd3.5-medium's (Table 6).",

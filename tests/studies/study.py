@@ -34,6 +34,11 @@ BACKBONES = ("sd3.5-medium", "sd3.5-large", "flux")
 REWARDS = ("clip", "hpsv2", "aesthetic", "dfn-clip")
 JOINT = "dfn-clip+hpsv2"
 STRENGTHS = (5, 10, 20, 40, 80)
+WINDOWS = {  # of 05's guidance; the last is the handover's, without what V does before it
+    "above": ("--guide-to", 0.5),
+    "below": ("--guide-from", 0.5),
+    "end": ("--guide-from", 0.25),
+}
 LATE = (1, 2, 4, 6, 8)  # reward blocks, of eight
 # short trainings of 03: each differs from the first in what is named
 SHORT = ("--steps", 1000, "--batch", 32, "--lr", "1e-3", "--sigma-law", "logit-normal")
@@ -239,23 +244,33 @@ def fewer_steps(rows):
     return max(2, round(steps * work["stitchvm"] / work["tweedie"]))
 
 
+def swept(reward, out, *methods_and_flags):
+    """05 on 32 tuning prompts: its table, and the strength that the rule chooses for each method.
+
+    The value is out/value.pt, unless the flags name one.
+    """
+    prompts = ("--prompts", f"{TUNE}/drawbench.txt", "--limit", 32)
+    run("05_dps.py", "--out", out, *prompts, "--methods", *methods_and_flags)
+    found = read(out / "05_dps.json")
+    return found, chosen_strengths(found, reward)
+
+
 def guided(name, reward, *window):
     """Strengths swept on tuning prompts, the chosen ones on report prompts; so for equal work."""
+    same = (*value_of(reward), *window)
 
     def sample(part, *flags):
         out = STUDY / name / part
-        run("05_dps.py", *value_of(reward), "--out", out, *window, *flags)
+        run("05_dps.py", "--out", out, *same, *flags)
         return read(out / "05_dps.json")
 
-    def sweep(part, *flags):
-        prompts = ("--prompts", f"{TUNE}/drawbench.txt", "--limit", 32)
-        found = sample(part, *prompts, *flags)
-        return found, chosen_strengths(found, reward)
+    def sweep(part, *methods_and_flags):
+        return swept(reward, STUDY / name / part, *methods_and_flags, *strengths, *same)
 
     strengths = [x for m in ("tweedie", "stitchvm") for x in (f"--strengths-{m}", *STRENGTHS)]
-    tuned, chosen = sweep("tune", "--methods", "flow", "tweedie", "stitchvm", *strengths)
+    tuned, chosen = sweep("tune", "flow", "tweedie", "stitchvm")
     steps = ("--steps", fewer_steps(tuned["rows"]))
-    again, chosen_again = sweep("tune_equal", "--methods", "flow", "tweedie", *strengths, *steps)
+    again, chosen_again = sweep("tune_equal", "flow", "tweedie", *steps)
     report = ("--limit", 200, "--save-images")
     best = [x for m, c in chosen.items() for x in (f"--strengths-{m}", c)]
     found = sample("report", *report, *best)
@@ -273,9 +288,8 @@ def guided(name, reward, *window):
 
 
 def dps(jobs, rewards, keep=False):
-    windows = (("above", "--guide-to"), ("below", "--guide-from"))
     tasks = {f"05_{r}": (r,) for r in rewards}
-    tasks |= {f"05_{rewards[0]}-{name}": (rewards[0], flag, 0.5) for name, flag in windows}
+    tasks |= {f"05_{rewards[0]}-{name}": (rewards[0], *flags) for name, flags in WINDOWS.items()}
     todo = unless_kept(tasks, keep)
     side_by_side(make_value, {tasks[name][0] for name in todo}, jobs)
     side_by_side(lambda name: guided(name, *tasks[name]), todo, jobs)
@@ -407,16 +421,18 @@ def ranking(jobs, keep=False):
         run("01_cache_features.py", "--images", folders[kind], "--out", out)
         run("02_fit_stitch.py", "--out", out, *fit)
         run("03_finetune.py", "--out", out, *flags)
-        return out / "value.pt"
+        found, chosen = swept("clip", out, "flow", "stitchvm", "--strengths-stitchvm", *STRENGTHS)
+        best = next(r for r in found["rows"] if r["strength"] == chosen["stitchvm"])
+        return out / "value.pt", dict(best, lever=name)
 
-    values = side_by_side(train, LEVERS, jobs)
+    values, steered = zip(*side_by_side(train, LEVERS, jobs), strict=True)
     out = STUDY / "ranking"
     run("tests/studies/ranking.py", "--values", *values, "--out", out)
     found = read(out / "ranking.json")
     names = {str(v.relative_to(ROOT)): name for v, name in zip(values, LEVERS, strict=True)}
     for row in found["rows"]:
         row["method"] = names.get(row["method"], row["method"])
-    write("ranking", found)
+    write("ranking", found | dict(guided=steered))
 
 
 def laws(jobs, keep=False):
