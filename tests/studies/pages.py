@@ -243,15 +243,15 @@ def scaling(name):
 
 
 def steered(names, keys):
-    """A row for each run of 06: the keys, the reward and what did not guide."""
+    """A row for each run of 06: the keys, the reward, what did not guide, the cost of a prompt."""
     rows = []
     for name in names:
         for r in reported(name):
             shown = ["" if r.get(k) is None else r[k] for k in keys]
             scores = [measured(r, k) for k in ("reward", "judge", "geneval")]
-            cost = f"{r['gflop_per_prompt']:.0f}"
-            rows.append([name[3:], *shown, r["n"], *scores, cost])
-    return markdown(["", *keys, "n", "reward", "judge", "geneval", "GFLOP"], rows)
+            cost = [f"{r['gflop_per_prompt']:.0f}", f"{r['s_per_prompt']:.1f}"]
+            rows.append([name[3:], *shown, r["n"], *scores, *cost])
+    return markdown(["", *keys, "n", "reward", "judge", "geneval", "GFLOP", "s"], rows)
 
 
 def by_level(name, key, digits, scale=1):
