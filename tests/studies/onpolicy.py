@@ -24,7 +24,7 @@ from pathlib import Path
 
 import ranking
 import torch
-from ranking import ROOT, dps
+from ranking import dps
 from tqdm import tqdm, trange
 
 from common import (
@@ -45,7 +45,7 @@ cache = importlib.import_module("01_cache_features")
 fit = importlib.import_module("02_fit_stitch")
 finetune = importlib.import_module("03_finetune")
 LAWS = ("forward", "samples", "prompted")
-CAPTIONS = ROOT / "tests/mini/data/train_captions.json"
+CAPTIONS = "tests/mini/data/train_captions.json"
 
 
 def parse_args(argv=None):
@@ -54,7 +54,7 @@ def parse_args(argv=None):
     )
     add = p.add_argument
     add("--value", required=True, help="gives the reward, (i, j) and the norm")
-    add("--captions", default=str(CAPTIONS), help="of the samples to train on")
+    add("--captions", default=CAPTIONS, help="of the samples to train on")
     add("--train-samples", type=int, default=4000, help="one of each caption")
     add("--train-steps", type=int, default=2925, help="of each value")
     add("--train-batch", type=int, default=32)

@@ -267,11 +267,14 @@ def by_level(name, key, digits, scale=1):
     return markdown(["sigma", *(f"{s:.2f}" for s in shown)], lines)
 
 
-def guided_by_lever():
+def guided_by_lever(name):
+    """The reward that V's gradient leads to, a row for each lever, a column for each strength."""
+    found = {(r["lever"], r["strength"]): r for r in read(name)["guided"]}
+    strengths = sorted({c for _, c in found})
     rows = []
-    for r in read("ranking")["guided"]:
-        rows.append([r["lever"], f"{r['strength']:g}", measured(r, "reward"), measured(r, "judge")])
-    return markdown(["lever", "c", "reward", "judge"], rows)
+    for lever in dict.fromkeys(lever for lever, _ in found):
+        rows.append([lever, *(measured(found[lever, c], "reward") for c in strengths)])
+    return markdown(["c", *(f"{c:g}" for c in strengths)], rows)
 
 
 # ---------------------------------------------------------------------------- 07 and 08
@@ -644,7 +647,9 @@ def parts_of_steering():
         "z_0 + t eps (forward), on the z_t of their trajectories (samples), and on these with "
         "blocks that read the prompt (prompted). Correlations as above."
     )
-    levers = "The same levers in guidance: V's gradient alone in 05, 32 tuning prompts."
+    levers = "Reward of 32 tuning prompts that V's gradient guides in 05, by lever and strength c."
+    errors_of_laws = "Their mean squared error, times 1,000."
+    laws_guide = "Reward of 24 tuning prompts that the gradient of these three guides."
     table = [f"06_{reward}" for reward in METRIC]
     large = [f"06_large-by-{by}_{r}" for r in METRIC for by in ("large", "medium")]
     lam = "lambda in units of the reward's spread, on tuning prompts."
@@ -669,8 +674,10 @@ def parts_of_steering():
             partial(by_level, "ranking", "value_mse", 1, 1000),
         ),
         part(gains, partial(by_level, "ranking", "gain", 1, 1000)) if has_gains else [],
-        part(levers, guided_by_lever) if "guided" in read("ranking") else [],
+        part(levers, partial(guided_by_lever, "ranking")) if has_gains else [],
         part(laws, partial(by_level, "onpolicy", "correlation", 2), "onpolicy"),
+        part(errors_of_laws, partial(by_level, "onpolicy", "value_mse", 1, 1000), "onpolicy"),
+        part(laws_guide, partial(guided_by_lever, "onpolicy"), "onpolicy"),
         part(
             "sd3.5-large steered by its own value and by sd3.5-medium's (Table 6).",
             partial(steered, there(*large), ["curve", "n_particles"]),

@@ -244,7 +244,7 @@ def fewer_steps(rows):
     return max(2, round(steps * work["stitchvm"] / work["tweedie"]))
 
 
-def swept(reward, out, *methods_and_flags):
+def sweep(reward, out, *methods_and_flags):
     """05 on 32 tuning prompts: its table, and the strength that the rule chooses for each method.
 
     The value is out/value.pt, unless the flags name one.
@@ -264,13 +264,13 @@ def guided(name, reward, *window):
         run("05_dps.py", "--out", out, *same, *flags)
         return read(out / "05_dps.json")
 
-    def sweep(part, *methods_and_flags):
-        return swept(reward, STUDY / name / part, *methods_and_flags, *strengths, *same)
+    def tune(part, *methods_and_flags):
+        return sweep(reward, STUDY / name / part, *methods_and_flags, *strengths, *same)
 
     strengths = [x for m in ("tweedie", "stitchvm") for x in (f"--strengths-{m}", *STRENGTHS)]
-    tuned, chosen = sweep("tune", "flow", "tweedie", "stitchvm")
+    tuned, chosen = tune("tune", "flow", "tweedie", "stitchvm")
     steps = ("--steps", fewer_steps(tuned["rows"]))
-    again, chosen_again = sweep("tune_equal", "flow", "tweedie", *steps)
+    again, chosen_again = tune("tune_equal", "flow", "tweedie", *steps)
     report = ("--limit", 200, "--save-images")
     best = [x for m, c in chosen.items() for x in (f"--strengths-{m}", c)]
     found = sample("report", *report, *best)
@@ -421,18 +421,18 @@ def ranking(jobs, keep=False):
         run("01_cache_features.py", "--images", folders[kind], "--out", out)
         run("02_fit_stitch.py", "--out", out, *fit)
         run("03_finetune.py", "--out", out, *flags)
-        found, chosen = swept("clip", out, "flow", "stitchvm", "--strengths-stitchvm", *STRENGTHS)
-        best = next(r for r in found["rows"] if r["strength"] == chosen["stitchvm"])
-        return out / "value.pt", dict(best, lever=name)
+        swept, _ = sweep("clip", out, "flow", "stitchvm", "--strengths-stitchvm", *STRENGTHS)
+        return out / "value.pt", [dict(row, lever=name) for row in swept["rows"]]
 
     values, steered = zip(*side_by_side(train, LEVERS, jobs), strict=True)
+    guided_by = [row for rows in steered for row in rows if row["method"] != "flow"]
     out = STUDY / "ranking"
     run("tests/studies/ranking.py", "--values", *values, "--out", out)
     found = read(out / "ranking.json")
     names = {str(v.relative_to(ROOT)): name for v, name in zip(values, LEVERS, strict=True)}
     for row in found["rows"]:
         row["method"] = names.get(row["method"], row["method"])
-    write("ranking", found | dict(guided=steered))
+    write("ranking", found | dict(guided=guided_by))
 
 
 def laws(jobs, keep=False):
