@@ -382,7 +382,6 @@ LEVERS = {  # {name: (training images, flags of 02, flags of 03)}
     "generated": ("generated", (), (*LOW, "--steps", 2925)),
     "later i": ("drawn", ("--i", 5, "--j", 1), LOW),
     "four times as long": ("drawn", (), (*LOW, *LONG)),
-    "four times, 30,000 drawn": ("more", (), (*LOW, *LONG)),
     "four times, 30,000 drawn, later i": ("more", ("--i", 5, "--j", 1), (*LOW, *LONG)),
 }
 
