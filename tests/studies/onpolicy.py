@@ -31,7 +31,6 @@ from common import (
     Stitch,
     StitchedValue,
     add_noise,
-    clean_reward,
     draw_lines,
     generator,
     load_value,
@@ -45,7 +44,6 @@ cache = importlib.import_module("01_cache_features")
 fit = importlib.import_module("02_fit_stitch")
 finetune = importlib.import_module("03_finetune")
 LAWS = ("forward", "samples", "prompted")
-CAPTIONS = "tests/mini/data/train_captions.json"
 
 
 def parse_args(argv=None):
@@ -54,7 +52,8 @@ def parse_args(argv=None):
     )
     add = p.add_argument
     add("--value", required=True, help="gives the reward, (i, j) and the norm")
-    add("--captions", default=CAPTIONS, help="of the samples to train on")
+    captions = "tests/mini/data/train_captions.json"
+    add("--captions", default=captions, help="of the samples to train on")
     add("--train-samples", type=int, default=4000, help="one of each caption")
     add("--train-steps", type=int, default=2925, help="of each value")
     add("--train-batch", type=int, default=32)
@@ -137,20 +136,20 @@ def train(value, law, data, run, args):
 
 
 @torch.no_grad()
-def guided(run, args, value, law, strength):
-    """Rewards (P,) of a sample of each prompt of 05's sampler, guided by grad V alone."""
-    found = []
-    for rows in torch.arange(len(run.rows)).split(args.batch):
-        read_prompt(value, law, run.condition, rows)
-        velocity, _ = dps.step_functions(run, rows)
-        texts = [t if t is None else t[rows] for t in run.texts]
-        gradient = partial(dps.stitchvm_gradient, velocity, [value], texts)
-        guides = [(gradient, strength)] * args.steps
-        z, *noises = dps.noise(args, run.shape, rows.tolist())
-        form = args.guidance, dps.NU[args.sampler]
-        z = dps.sample(z, noises, run.grid, velocity, guides, *form)
-        found.append(clean_reward(run.rewards, texts, run.backbone.decode(z)))
-    return torch.cat(found)
+def guided(run, args, value, law, strengths):
+    """A row for each strength: the reward of 05's samples that grad V alone guides."""
+    only = dict(methods=["stitchvm"], strengths_stitchvm=strengths, scorers=[])
+    args = argparse.Namespace(**vars(args) | only)
+    run.values = [value]
+    runs = dps.plan(args, run.grid)
+    batches = []
+    for k in range(0, len(run.rows), args.batch):
+        prompts = range(len(run.rows))[k : k + args.batch]
+        read_prompt(value, law, run.condition, list(prompts))
+        batches.append(dps.sample_batch(run, args, runs, prompts))
+    scores, _ = dps.score(run, args, runs, batches)
+    pairs = zip(runs.values(), scores["reward"], strict=True)
+    return [dict(row, lever=law, **mean_and_error(dict(reward=x))) for (row, _), x in pairs]
 
 
 def main(args, sampler):
@@ -174,9 +173,7 @@ def main(args, sampler):
         condition = prompts if law == "prompted" else None
         nodes = kept["z"], run.grid[:-1], text, sampler.batch, condition
         found[law] = ranking.values_of(value, *nodes)
-        for c in args.strengths:
-            reward = guided(run, sampler, value, law, c)
-            steered.append(dict(lever=law, strength=c, **mean_and_error(dict(reward=reward))))
+        steered += guided(run, sampler, value, law, args.strengths)
         value.null = run.null  # what it costs does not depend on the text
     price = ranking.prices(run, sampler, values)
     rows = ranking.judge(found, kept, sampler, run.grid, price)

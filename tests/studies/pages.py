@@ -655,7 +655,6 @@ def parts_of_steering():
     lam = "lambda in units of the reward's spread, on tuning prompts."
     proposals = "Proposals by argmax (Algorithm 1) or corrected; the best particle or the mean."
     ways = ["curve", "lambda", "proposal", "report"]
-    has_gains = "gain" in read("ranking")["rows"][0]
     return [
         part("## 06: particles"),
         part("Table 2: four particles, two proposals.", partial(steered, table, ["curve"]), *table),
@@ -673,8 +672,8 @@ def parts_of_steering():
             errors.format(1000 * read("ranking")["variance"]),
             partial(by_level, "ranking", "value_mse", 1, 1000),
         ),
-        part(gains, partial(by_level, "ranking", "gain", 1, 1000)) if has_gains else [],
-        part(levers, partial(guided_by_lever, "ranking")) if has_gains else [],
+        part(gains, partial(by_level, "ranking", "gain", 1, 1000)),
+        part(levers, partial(guided_by_lever, "ranking")),
         part(laws, partial(by_level, "onpolicy", "correlation", 2), "onpolicy"),
         part(errors_of_laws, partial(by_level, "onpolicy", "value_mse", 1, 1000), "onpolicy"),
         part(laws_guide, partial(guided_by_lever, "onpolicy"), "onpolicy"),

@@ -33,6 +33,7 @@ TUNE = "tests/mini/data/tune"
 BACKBONES = ("sd3.5-medium", "sd3.5-large", "flux")
 REWARDS = ("clip", "hpsv2", "aesthetic", "dfn-clip")
 JOINT = "dfn-clip+hpsv2"
+TUNING = ("--prompts", f"{TUNE}/drawbench.txt", "--limit", 32)  # of 05
 STRENGTHS = (5, 10, 20, 40, 80)
 WINDOWS = {  # of 05's guidance; the last is the handover's, without what V does before it
     "above": ("--guide-to", 0.5),
@@ -244,42 +245,32 @@ def fewer_steps(rows):
     return max(2, round(steps * work["stitchvm"] / work["tweedie"]))
 
 
-def sweep(reward, out, *methods_and_flags):
-    """05 on 32 tuning prompts: its table, and the strength that the rule chooses for each method.
-
-    The value is out/value.pt, unless the flags name one.
-    """
-    prompts = ("--prompts", f"{TUNE}/drawbench.txt", "--limit", 32)
-    run("05_dps.py", "--out", out, *prompts, "--methods", *methods_and_flags)
-    found = read(out / "05_dps.json")
-    return found, chosen_strengths(found, reward)
+def sample(out, *flags):
+    """The table of a run of 05; the value is out/value.pt, unless the flags name one."""
+    run("05_dps.py", "--out", out, *flags)
+    return read(out / "05_dps.json")
 
 
 def guided(name, reward, *window):
     """Strengths swept on tuning prompts, the chosen ones on report prompts; so for equal work."""
+    folder = STUDY / name
     same = (*value_of(reward), *window)
-
-    def sample(part, *flags):
-        out = STUDY / name / part
-        run("05_dps.py", "--out", out, *same, *flags)
-        return read(out / "05_dps.json")
-
-    def tune(part, *methods_and_flags):
-        return sweep(reward, STUDY / name / part, *methods_and_flags, *strengths, *same)
-
     strengths = [x for m in ("tweedie", "stitchvm") for x in (f"--strengths-{m}", *STRENGTHS)]
-    tuned, chosen = tune("tune", "flow", "tweedie", "stitchvm")
+    sweep = (*same, *TUNING, *strengths, "--methods", "flow", "tweedie")
+    tuned = sample(folder / "tune", *sweep, "stitchvm")
+    chosen = chosen_strengths(tuned, reward)
     steps = ("--steps", fewer_steps(tuned["rows"]))
-    again, chosen_again = tune("tune_equal", "flow", "tweedie", *steps)
+    again = sample(folder / "tune_equal", *sweep, *steps)
+    chosen_again = chosen_strengths(again, reward)
     report = ("--limit", 200, "--save-images")
     best = [x for m, c in chosen.items() for x in (f"--strengths-{m}", c)]
-    found = sample("report", *report, *best)
+    sample(folder / "report", *same, *report, *best)
     equal = ("--methods", "tweedie", "--strengths-tweedie", chosen_again["tweedie"], *steps)
-    fewer = sample("report_equal", *report, *equal)
+    sample(folder / "report_equal", *same, *report, *equal)
     for part in ("report", "report_equal"):
-        path = STUDY / name / part / "05_dps.json"
+        path = folder / part / "05_dps.json"
         run("tests/published/score.py", path, "--scorers", "geneval")
-    found, fewer = (read(STUDY / name / p / "05_dps.json") for p in ("report", "report_equal"))
+    found, fewer = (read(folder / p / "05_dps.json") for p in ("report", "report_equal"))
     for row in fewer["rows"]:
         row["method"] = "tweedie, equal work"
     rows = [r | dict(split="tune") for t in (tuned, again) for r in t["rows"]]
@@ -391,7 +382,7 @@ def training_images(kind):
     import draw
 
     data = ROOT / "tests/mini/data"
-    root = STUDY / "ranking" / kind
+    root = STUDY / "ranking/images" / kind
     if kind == "drawn":
         return data / "train"
     if kind == "more" and not (root / "train_captions.json").exists():
@@ -420,11 +411,12 @@ def ranking(jobs, keep=False):
         run("01_cache_features.py", "--images", folders[kind], "--out", out)
         run("02_fit_stitch.py", "--out", out, *fit)
         run("03_finetune.py", "--out", out, *flags)
-        swept, _ = sweep("clip", out, "flow", "stitchvm", "--strengths-stitchvm", *STRENGTHS)
-        return out / "value.pt", [dict(row, lever=name) for row in swept["rows"]]
+        sweep = (*TUNING, "--methods", "stitchvm", "--strengths-stitchvm", *STRENGTHS)
+        rows = sample(out, *sweep)["rows"]
+        return out / "value.pt", [dict(row, lever=name) for row in rows]
 
     values, steered = zip(*side_by_side(train, LEVERS, jobs), strict=True)
-    guided_by = [row for rows in steered for row in rows if row["method"] != "flow"]
+    guided_by = [row for rows in steered for row in rows]
     out = STUDY / "ranking"
     run("tests/studies/ranking.py", "--values", *values, "--out", out)
     found = read(out / "ranking.json")
