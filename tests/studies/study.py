@@ -7,7 +7,7 @@ Run     python tests/studies/study.py selection      choices of 03, on the tunin
         python tests/studies/study.py draft          07: three seeds at equal work, other methods
         python tests/studies/study.py nft            08: three seeds at equal work, stop windows
         python tests/studies/study.py ranking        what a value says within a prompt, and why
-        python tests/studies/study.py late           stitching at late reward blocks
+        python tests/studies/study.py points         stitching early and late, of both models
         python tests/studies/study.py all            all of these, but for what still stands
         python tests/studies/study.py counts         dry runs beside the paper's measurements
         python tests/studies/study.py ladder         dry runs of all stages: what fits which card
@@ -20,6 +20,7 @@ Processes of one thread run side by side, as many as --jobs says; runs stay in r
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -36,11 +37,15 @@ JOINT = "dfn-clip+hpsv2"
 TUNING = ("--prompts", f"{TUNE}/drawbench.txt", "--limit", 32)  # of 05
 STRENGTHS = (5, 10, 20, 40, 80)
 WINDOWS = {  # of 05's guidance; the last is the handover's, without what V does before it
-    "above": ("--guide-to", 0.5),
-    "below": ("--guide-from", 0.5),
-    "end": ("--guide-from", 0.25),
+    "": (),
+    "-above": ("--guide-to", 0.5),
+    "-below": ("--guide-from", 0.5),
+    "-end": ("--guide-from", 0.25),
 }
-LATE = (1, 2, 4, 6, 8)  # reward blocks, of eight
+POINTS = (  # flags of 02: after early and late diffusion blocks, before early and late reward ones
+    *(("--i", i, "--j", 1) for i in (1, 3, 5, 7, 8)),
+    *(("--j", j) for j in (2, 4, 6, 8)),
+)
 # short trainings of 03: each differs from the first in what is named
 SHORT = ("--steps", 1000, "--batch", 32, "--lr", "1e-3", "--sigma-law", "logit-normal")
 VARIANTS = {
@@ -117,10 +122,23 @@ def fit_value(*pair):
         run(script, *pair)
 
 
-def make_value(reward, backbone="sd3.5-medium"):
-    """The value of a pair, unless it is there."""
-    if not (ROOT / f"runs/mini/{backbone}_{reward}/value.pt").exists():
-        fit_value("--backbone", backbone, "--reward", reward)
+def best_value():
+    """As value_of: clip's value with every lever that makes it rank."""
+    return ("--reward", "clip", "--value", folder_of(BEST) / "value.pt")
+
+
+def make_values(flags, jobs=1):
+    """The values that flags name, unless they are there."""
+
+    def make(file):
+        if file.parent == folder_of(BEST):
+            fit_lever(BEST)
+        else:
+            backbone, reward = file.parent.name.split("_")
+            fit_value("--backbone", backbone, "--reward", reward)
+
+    files = {ROOT / f for f in flags if str(f).endswith("value.pt")}
+    side_by_side(make, [f for f in files if not f.exists()], jobs)
 
 
 # ---------------------------------------------------------------------------- 01 to 04
@@ -174,29 +192,34 @@ def table(jobs, backbones, rewards, keep=False):
     both = {"sd3.5-medium", "sd3.5-large"} <= set(backbones)
     for name in unless_kept([f"04_medium-on-large_{r}" for r in rewards if both], keep):
         reward = name.split("_")[-1]
-        make_value(reward)
+        make_values(value_of(reward))
         flags = ("--backbone", "sd3.5-large", "--out", STUDY / name, "--methods", "stitchvm")
         run("04_eval_noisy.py", *value_of(reward), *flags)
         write(name, read(STUDY / name / "04_eval_noisy.json"))
 
 
-def late(jobs, keep=False):
-    """The closed form's loss to the reward's last block, and values stitched there (Fig. 6)."""
-    if not unless_kept(["late"], keep):
+def points(jobs, keep=False):
+    """The closed form's loss to the last blocks of both models, and values stitched there."""
+    if not unless_kept(["points"], keep):
         return
+    cache = STUDY / "points/cache"
+    run("01_cache_features.py", "--j-max", 8, "--out", cache)
 
-    def train(j):
-        out = STUDY / "late" / f"j{j}"
-        run("01_cache_features.py", "--j-max", LATE[-1], "--out", out)
-        run("02_fit_stitch.py", "--j", j, "--out", out)
+    def train(flags):
+        out = STUDY / "points" / "_".join(str(f).strip("-") for f in flags)
+        shutil.copytree(cache, out, dirs_exist_ok=True)
+        run("02_fit_stitch.py", *flags, "--out", out)
         run("03_finetune.py", "--out", out)
-        flags = ("--methods", "stitchvm", "--benchmarks", "tests/mini/data/coco.jsonl")
-        run("04_eval_noisy.py", "--out", out, *flags)
-        return read(out / "02_fit_stitch.json"), read(out / "04_eval_noisy.json")
+        coco = ("--methods", "stitchvm", "--benchmarks", "tests/mini/data/coco.jsonl")
+        run("04_eval_noisy.py", "--out", out, *coco)
+        return [read(out / f"{s}.json") for s in ("02_fit_stitch", "03_finetune", "04_eval_noisy")]
 
-    found = side_by_side(train, LATE, jobs)
-    rows = [row | fitted["chosen"] for fitted, measured in found for row in measured["rows"]]
-    write("late", found[0][1] | dict(rows=rows, grid=found[0][0]["rows"]))
+    found = side_by_side(train, POINTS, jobs)
+    rows = []
+    for fitted, trained, measured in found:
+        validated = {k: v for k, v in trained["rows"][-1].items() if k.startswith("val_")}
+        rows += [row | fitted["chosen"] | validated for row in measured["rows"]]
+    write("points", found[0][2] | dict(rows=rows, grid=found[0][0]["rows"]))
 
 
 # ---------------------------------------------------------------------------- 05
@@ -251,10 +274,9 @@ def sample(out, *flags):
     return read(out / "05_dps.json")
 
 
-def guided(name, reward, *window):
+def guided(name, reward, same):
     """Strengths swept on tuning prompts, the chosen ones on report prompts; so for equal work."""
     folder = STUDY / name
-    same = (*value_of(reward), *window)
     strengths = [x for m in ("tweedie", "stitchvm") for x in (f"--strengths-{m}", *STRENGTHS)]
     sweep = (*same, *TUNING, *strengths, "--methods", "flow", "tweedie")
     tuned = sample(folder / "tune", *sweep, "stitchvm")
@@ -279,10 +301,12 @@ def guided(name, reward, *window):
 
 
 def dps(jobs, rewards, keep=False):
-    tasks = {f"05_{r}": (r,) for r in rewards}
-    tasks |= {f"05_{rewards[0]}-{name}": (rewards[0], *flags) for name, flags in WINDOWS.items()}
+    tasks = {f"05_{r}": (r, value_of(r)) for r in rewards}
+    if "clip" in rewards:
+        best = {f"05_clip-best{window}": flags for window, flags in WINDOWS.items()}
+        tasks |= {name: ("clip", (*best_value(), *flags)) for name, flags in best.items()}
     todo = unless_kept(tasks, keep)
-    side_by_side(make_value, {tasks[name][0] for name in todo}, jobs)
+    make_values([flag for name in todo for flag in tasks[name][1]], jobs)
     side_by_side(lambda name: guided(name, *tasks[name]), todo, jobs)
     if f"05_{rewards[0]}" in todo:
         import figures
@@ -293,7 +317,7 @@ def dps(jobs, rewards, keep=False):
 # ---------------------------------------------------------------------------- 06 to 08
 def particles():
     """{name of its results: (script, flags)} of 06."""
-    clip = value_of("clip")
+    clip = best_value()
     methods = ("--methods", "bon", "fks", "fks+stitchvm")
     small = ("--potential-value", "stitchvm", "--limit", 64, "--m", 4)
     every = ("--potential-value", "tweedie", "stitchvm", "--limit", 200)
@@ -322,7 +346,7 @@ def particles():
 def drafts():
     """As particles(), of 07."""
     short = ("--gflop", 4000, "--eval-every", 20, "--save-images")
-    long = (*value_of("clip"), *short)
+    long = (*best_value(), *short)
     others = ("--grid", "even", "--methods", "draft-1", "alignprop", "draft-1+stitchvm")
     flags = {f"07_seed{seed}": (*long, "--seed", seed) for seed in range(3)}
     flags |= {f"07_joint{s}": (*value_of(JOINT), *short, "--seed", s) for s in range(3)}
@@ -332,7 +356,7 @@ def drafts():
 
 def policies():
     """As particles(), of 08, and how much of its gradient is signal."""
-    clip = value_of("clip")
+    clip = best_value()
     online = ("--eval-every", 5, "--save-images", "--gflop")
     flags = {f"08_seed{seed}": (*clip, *online, 10000, "--seed", seed) for seed in range(3)}
     flags |= {f"08_joint{s}": (*value_of(JOINT), *online, 10000, "--seed", s) for s in range(3)}
@@ -357,13 +381,12 @@ def compare(tasks, jobs, only=None, keep=False):
         write(name, read(path))
 
     todo = unless_kept(only or tasks, keep)
-    values = {f for name in todo for f in tasks[name][1] if str(f).endswith("value.pt")}
-    pairs = {tuple(Path(f).parent.name.split("_")) for f in values}
-    side_by_side(lambda pair: make_value(*reversed(pair)), pairs, jobs)
+    make_values([flag for name in todo for flag in tasks[name][1]], jobs)
     side_by_side(one, todo, jobs)
 
 
 # ---------------------------------------------------------------------------- a value that ranks
+BEST = "four times, 30,000 drawn, later i"  # clip's value in 05 to 08
 LONG = ("--steps", 11700)  # four times 03's
 LOW = ("--sigma-law", "low")
 LEVERS = {  # {name: (training images, flags of 02, flags of 03)}
@@ -373,7 +396,7 @@ LEVERS = {  # {name: (training images, flags of 02, flags of 03)}
     "generated": ("generated", (), (*LOW, "--steps", 2925)),
     "later i": ("drawn", ("--i", 5, "--j", 1), LOW),
     "four times as long": ("drawn", (), (*LOW, *LONG)),
-    "four times, 30,000 drawn, later i": ("more", ("--i", 5, "--j", 1), (*LOW, *LONG)),
+    BEST: ("more", ("--i", 5, "--j", 1), (*LOW, *LONG)),
 }
 
 
@@ -398,19 +421,30 @@ def training_images(kind):
     return root / ("05_images" if kind == "generated" else "train")
 
 
+def folder_of(lever):
+    return STUDY / "ranking" / lever.replace(",", "").replace(" ", "_")
+
+
+def fit_lever(name):
+    """01 to 03 of a lever; its folder."""
+    kind, fit, flags = LEVERS[name]
+    out = folder_of(name)
+    run("01_cache_features.py", "--images", training_images(kind), "--out", out)
+    run("02_fit_stitch.py", "--out", out, *fit)
+    run("03_finetune.py", "--out", out, *flags)
+    return out
+
+
 def ranking(jobs, keep=False):
     """How well clip's value ranks the samples of one prompt, on tuning prompts, by lever."""
     if not unless_kept(["ranking"], keep):
         return
-    make_value("clip")
-    folders = {kind: training_images(kind) for kind, *_ in LEVERS.values()}
+    make_values(value_of("clip"))
+    for kind, *_ in LEVERS.values():
+        training_images(kind)  # before two levers want the same
 
     def train(name):
-        kind, fit, flags = LEVERS[name]
-        out = STUDY / "ranking" / name.replace(",", "").replace(" ", "_")
-        run("01_cache_features.py", "--images", folders[kind], "--out", out)
-        run("02_fit_stitch.py", "--out", out, *fit)
-        run("03_finetune.py", "--out", out, *flags)
+        out = fit_lever(name)
         sweep = (*TUNING, "--methods", "stitchvm", "--strengths-stitchvm", *STRENGTHS)
         rows = sample(out, *sweep)["rows"]
         return out / "value.pt", [dict(row, lever=name) for row in rows]
@@ -436,7 +470,7 @@ def everything(jobs):
     """Every measurement of the miniature, but for those that stand."""
     table(jobs, BACKBONES, REWARDS, keep=True)
     selection(jobs, keep=True)
-    late(jobs, keep=True)
+    points(jobs, keep=True)
     ranking(jobs, keep=True)
     laws(jobs, keep=True)
     dps(jobs, REWARDS, keep=True)
@@ -493,7 +527,7 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = ("selection", "table", "late", "dps", "fks", "draft", "nft", "ranking", "all")
+    known = ("selection", "table", "points", "dps", "fks", "draft", "nft", "ranking", "all")
     p.add_argument("what", choices=(*known, "counts", "ladder", "readme"))
     p.add_argument("--backbone", nargs="+", default=BACKBONES, choices=BACKBONES, help="of table")
     p.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS, help="of table and dps")
@@ -505,8 +539,8 @@ def main():
         selection(args.jobs)
     elif args.what == "table":
         table(args.jobs, args.backbone, args.reward)
-    elif args.what == "late":
-        late(args.jobs)
+    elif args.what == "points":
+        points(args.jobs)
     elif args.what == "dps":
         dps(args.jobs, args.reward)
     elif args.what == "ranking":
