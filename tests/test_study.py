@@ -66,12 +66,30 @@ def test_work_saved():
 def test_best_of_n_for_the_work_of_a_row(monkeypatch):
     """Plain sampling is best of one; between what was measured it is linear, beyond it unknown."""
     found = [dict(gflop_per_prompt=20, reward=0.6), dict(gflop_per_prompt=60, reward=0.8)]
+    found = [r | dict(reward_se=0.01) for r in found]
     monkeypatch.setattr(pages, "there", lambda *names: names)
     monkeypatch.setattr(pages, "reported", lambda name: found)
-    plain = dict(gflop_per_sample=10, reward=0.5)
-    work = (10, 15, 20, 40, 61)
-    cells = [pages.best_of_n("clip", plain, w) for w in work]
-    assert cells == ["0.500", "0.550", "0.600", "0.700", ""]
+    plain = dict(gflop_per_sample=10, reward=0.5, reward_se=0.03)
+    best = [pages.best_of_n("clip", plain, work) for work in (10, 15, 20, 40)]
+    assert [r["reward"] for r in best] == pytest.approx([0.5, 0.55, 0.6, 0.7])
+    assert [r["reward_se"] for r in best] == pytest.approx([0.03, 0.02, 0.01, 0.01])
+    assert pages.best_of_n("clip", plain, 61) is None
+
+
+def test_what_is_ahead():
+    """By two standard errors of the difference, by one, or not."""
+    worse = dict(gain=0.1, gain_se=0.03)
+    for gap, verdict in ((0.11, "yes"), (0.09, "by one error"), (0.04, "no"), (-0.2, "no")):
+        assert pages.ahead(dict(gain=0.1 + gap, gain_se=0.04), worse, "gain") == verdict
+
+
+def test_means_over_seeds():
+    """Each seed's gain is over its own base model; their error is over the seeds."""
+    tables = [curve("nft", (0, a), (9, b)) for a, b in ((0.1, 0.4), (0.2, 0.3))]
+    last = pages.last_rows(tables, "nft")
+    assert [r["gain"] for r in last] == pytest.approx([0.3, 0.1])
+    assert pages.over_seeds(last, "gain") == pytest.approx(dict(gain=0.2, gain_se=0.1))
+    assert [r["reward"] for r in pages.last_rows(tables, "base")] == [0.1, 0.2]
 
 
 def test_studies_name_flags_that_exist():
@@ -89,6 +107,10 @@ def test_studies_name_flags_that_exist():
     for _, fitted, flags in study.LEVERS.values():
         fit.parse_args([*map(str, fitted)])
         finetune.parse_args([*map(str, flags)])
+    for flags in study.POINTS:
+        fit.parse_args([*map(str, flags)])
+    for flags in study.WINDOWS.values():
+        importlib.import_module("05_dps").parse_args([*map(str, flags)])
 
 
 def test_what_was_measured_on_todays_models_stands(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ between <!-- name --> and <!-- /name -->. A test fails when a page and the JSON 
 """
 
 import json
+import math
 import statistics
 from functools import partial
 from itertools import product
@@ -60,12 +61,20 @@ def measured(row, key, scale=1, digits=3):
     return f"{scale * row[key]:.{digits}f} ± {scale * row[f'{key}_se']:.{digits}f}"
 
 
-def mean_of(values):
-    """Mean and standard error over seeds."""
+def over_seeds(rows, key):
+    """The mean of the last rows of several seeds and its error; of one seed its own."""
+    values = [r[key] for r in rows]
     if len(values) == 1:
-        return f"{values[0]:.3f}"
+        return rows[0]
     error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+    return {key: statistics.mean(values), f"{key}_se": error}
+
+
+def ahead(better, worse, key="reward"):
+    """Whether one is above the other by two standard errors of the difference, or by one."""
+    gap = better[key] - worse[key]
+    error = math.hypot(better[f"{key}_se"], worse[f"{key}_se"])
+    return "yes" if gap > 2 * error else "by one error" if gap > error else "no"
 
 
 # ---------------------------------------------------------------------------- 04
@@ -196,18 +205,19 @@ def selection():
 
 # ---------------------------------------------------------------------------- 05 and 06
 def best_of_n(reward, plain, work):
-    """Reward of best of n for this work (GFLOP), linear between what was measured, or nothing.
+    """Best of n for this work (GFLOP), linear between what was measured, or nothing.
 
     plain: the row of plain sampling, which is best of one.
     """
     if not there(f"06_bon_{reward}"):
-        return ""
-    points = [(plain["gflop_per_sample"], plain["reward"])]
-    points += [(r["gflop_per_prompt"], r["reward"]) for r in reported(f"06_bon_{reward}")]
+        return None
+    points = [(plain["gflop_per_sample"], plain)]
+    points += [(r["gflop_per_prompt"], r) for r in reported(f"06_bon_{reward}")]
     for (low, a), (high, b) in zip(points, points[1:], strict=False):
         if low <= work <= high:
-            return f"{a + (b - a) * (work - low) / (high - low):.3f}"
-    return ""
+            share = (work - low) / (high - low)
+            return {k: a[k] + share * (b[k] - a[k]) for k in ("reward", "reward_se")}
+    return None
 
 
 def guided(names):
@@ -222,10 +232,8 @@ def guided(names):
             scores = [measured(r, k) for k in ("reward", "judge", "geneval")]
             work = r["gflop_per_sample"]
             cost = [f"{work / plain['gflop_per_sample']:.1f}", f"{r['s_per_sample']:.2f}"]
-            cost += [
-                f"{r['peak_memory_mb']:.1f}",
-                best_of_n(name[3:].split("-best")[0], plain, work),
-            ]
+            best = best_of_n(name[3:].split("-best")[0], plain, work)
+            cost += [f"{r['peak_memory_mb']:.1f}", measured(best, "reward") if best else ""]
             rows.append([name[3:], r["method"], strengths, r["steps"], *scores, *cost])
     return markdown(head, rows)
 
@@ -311,6 +319,15 @@ def work_saved(rows):
     return saved
 
 
+def last_rows(tables, method):
+    """The last row of a method in each seed's table, or the first of all of them for `base`."""
+    if method == "base":
+        last = [t[0] for t in tables]
+    else:
+        last = [[r for r in t if r["method"] == method][-1] for t in tables]
+    return [r | dict(gain=r["reward"] - t[0]["reward"]) for r, t in zip(last, tables, strict=True)]
+
+
 def finetuned():
     """07 and 08 at equal work: means over the seeds."""
     head = ["", "method", "seeds", "reward", "gain", "judge", "geneval", "GFLOP", "s"]
@@ -319,13 +336,10 @@ def finetuned():
         tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{stage}_{runs}?.json"))]
         if not tables:
             continue
-        base = [t[0] for t in tables]
         for method in ["base", *dict.fromkeys(r["method"] for r in tables[0])]:
-            last = [[r for r in t if r["method"] == method][-1:] for t in tables]
-            last = base if method == "base" else [r for found in last for r in found]
-            gain = [a["reward"] - b["reward"] for a, b in zip(last, base, strict=True)]
-            means = [mean_of([r[k] for r in last]) for k in ("reward", "judge", "geneval")]
-            means.insert(1, "" if method == "base" else mean_of(gain))
+            last = last_rows(tables, method)
+            keys = ("reward", "gain", "judge", "geneval")
+            means = [measured(over_seeds(last, k), k) for k in keys]
             shares = [work_saved(t).get(method, "") for t in tables]
             reached = [
                 "not reached" if s is None else f"{s:.0%}" if s != "" else "" for s in shares
@@ -346,16 +360,11 @@ def stopped():
     return dict(sorted(found.items()))
 
 
-def over_seeds(rows, key):
-    """Mean and error over the seeds, a row each; of one seed its own, which is over prompts."""
-    return measured(rows[0], key) if len(rows) == 1 else mean_of([r[key] for r in rows])
-
-
 def windows():
     rows = []
     for (low, high), last in stopped().items():
         keys = ("reward", "gain", "judge", "geneval")
-        scores = [over_seeds(last, k) for k in keys]
+        scores = [measured(over_seeds(last, k), k) for k in keys]
         cost = [f"{statistics.mean(r[k] for r in last):,.0f}" for k in ("update", "gflop")]
         rows.append([f"{low} to {high}", len(last), *scores, *cost])
     head = ["stops after", "seeds", "reward", "gain", "judge", "geneval", "updates", "GFLOP"]
@@ -494,30 +503,51 @@ def models():
 def claims_of_the_value():
     four = {(r["method"], r["sigma"]): r for r in reversed(reported("04_clip"))}
     clean = four["clean", 0.0]["value"]
-    share = ", ".join(f"{100 * four['stitchvm', s]['value'] / clean:.0f}" for s in (0.1, 0.5))
-    at = {m: four[m, 0.75] for m in ("stitchvm", "tweedie")}
-    error = {
-        m: f"{r['value_mse_shared']:.4f} for {r['gflop_per_value']:.2f}" for m, r in at.items()
-    }
-    chosen = read("02_clip")["chosen"]
+    share = [100 * four["stitchvm", s]["value"] / clean for s in (0.1, 0.5)]
+    kept = [a >= b for a, b in zip(share, (98, 91), strict=True)]
+    V, one_step = (four[m, 0.75] for m in ("stitchvm", "tweedie"))
+    shown = "{value_mse_shared:.4f} for {gflop_per_value:.2f}"
+    errors = f"{shown.format_map(V)}; Tweedie {shown.format_map(one_step)}"
+    beaten = all(V[k] < one_step[k] for k in ("value_mse_shared", "gflop_per_value"))
+    i, j = (read("02_clip")["chosen"][k] for k in "ij")
     keeps = "V keeps retrieval on noisy latents: share of clean Recall@1 at sigma .1 and .5"
     beats = "at high noise V beats one-step estimates for less: (V - r)², GFLOP at sigma .75"
     stitch = "the best stitch leaves an early block and enters the first: (i, j)"
-    errors = f"{error['stitchvm']}; Tweedie {error['tweedie']}"
+    kept = "yes" if all(kept) else "partly" if any(kept) else "no"
+    cells = f"{share[0]:.0f}, {share[1]:.0f} % (clip)"
     return [
-        [keeps, "98, 91 %", "", f"{share} % (clip)", "partly", "04_eval_noisy.py"],
-        [beats, "argued", "", errors, "yes", "04_eval_noisy.py"],
-        [stitch, "(4, 1)", "", f"({chosen['i']}, {chosen['j']})", "yes", "02_fit_stitch.py"],
+        [keeps, "98, 91 %", "", cells, kept, "04_eval_noisy.py"],
+        [beats, "argued", "", errors, "yes" if beaten else "no", "04_eval_noisy.py"],
+        [stitch, "(4, 1)", "", f"({i}, {j})", "yes" if j == 1 else "no", "02_fit_stitch.py"],
     ]
 
 
-def claims_of_sampling():
+def claims_of_guidance():
     five = {r["method"]: r for r in reported("05_clip")}
+    flow, V, one_step, handover = (
+        five[m] for m in ("flow", "stitchvm", "tweedie", "stitchvm+tweedie")
+    )
+    fewer = next(five[m] for m in five if m.startswith("tweedie, equal"))
     step = read("counts")["05_dps.py --backbone sd3.5-medium --reward hpsv2"]
     counted = step["tweedie"]["tflop"] / step["stitchvm, i = 4, shared"]["tflop"]
-    here = five["tweedie"]["gflop_per_sample"] / five["stitchvm"]["gflop_per_sample"]
-    equal = next(m for m in five if m.startswith("tweedie, equal"))
-    scores = "; ".join(measured(five[m], "reward") for m in ("stitchvm", "tweedie", equal))
+    here = one_step["gflop_per_sample"] / V["gflop_per_sample"]
+    cheaper = "a step guided by V costs less than one of standard DPS"
+    higher = "and the reward is higher: V; standard DPS at equal {}"
+    both = f"{measured(V, 'reward')}; "
+    times = measured(one_step, "reward")
+    rows = [
+        [cheaper, "3.2x", f"{counted:.1f}x", f"{here:.1f}x", "yes" if here > 1 else "no"],
+        [higher.format("steps"), ".348; .335", "", both + times, ahead(V, one_step)],
+        [higher.format("work"), "", "", both + measured(fewer, "reward"), ahead(V, fewer)],
+    ]
+    if best := best_of_n("clip", flow, handover["gflop_per_sample"]):
+        steers = "V, then standard DPS below sigma .25, is ahead of best of n for that work"
+        both = f"{measured(handover, 'reward')}; {measured(best, 'reward')}"
+        rows.append([steers, "", "", both, ahead(handover, best)])
+    return [[*row, "study.py dps"] for row in rows]
+
+
+def claims_of_particles():
     six = {(r["curve"], r["n_particles"]): r for r in reported("06_scaling")}
     many = six["fks", 14]
     few = six["fks+stitchvm M=6", 8]
@@ -525,62 +555,57 @@ def claims_of_sampling():
     saved = 1 - flux["fks+stitchvm M=6 N=8, i = 4"]["tflop"] / flux["fks N=14"]["tflop"]
     less = f"{1 - few['gflop_per_prompt'] / many['gflop_per_prompt']:.0%} less"
     less = f"{less}: {measured(few, 'reward')}, {measured(many, 'reward')}"
+    bon = six["bon", 8]
+    behind = f"{measured(few, 'reward')}; {measured(bon, 'reward')} for {{:.0%}} of the work"
+    behind = behind.format(bon["gflop_per_prompt"] / few["gflop_per_prompt"])
     tables = [reported(f"06_large-by-{name}_clip") for name in ("medium", "large")]
     by = [next(r for r in t if r["method"] == "fks+stitchvm") for t in tables]
     steered_by = f"{measured(by[0], 'reward')}; by its own {measured(by[1], 'reward')}"
-    cheaper = "a step guided by V costs less than one of standard DPS"
-    higher = f"and the reward is higher: V; standard DPS at equal steps; {equal.split(', ')[1]}"
     steers = "FKS with proposals, N = 8 and M = 6, matches N = 14 without, for less work"
+    best = "and is ahead of best of 8"
     medium = "a Medium value steers Large as well as Large's own does"
-    best = "partly: best of N is ahead of both"
-    return [
-        [cheaper, "3.2x", f"{counted:.1f}x", f"{here:.1f}x", "yes", "05_dps.py"],
-        [higher, ".348; .335", "", scores, "not at equal steps", "study.py dps"],
-        [steers, "33 %", f"{saved:.0%} (FLUX)", less, best, "study.py fks"],
-        [medium, "little loss", "", steered_by, "yes", "study.py fks"],
+    worse = {"yes": "no", "by one error": "but for one error", "no": "yes"}
+    rows = [
+        [steers, "33 %", f"{saved:.0%} (FLUX)", less, worse[ahead(many, few)]],
+        [best, "", "", behind, ahead(few, bon)],
+        [medium, "little loss", "", steered_by, worse[ahead(by[1], by[0])]],
     ]
+    return [[*row, "study.py fks"] for row in rows]
 
 
 def claims_of_finetuning():
-    draft = next(c for n, c in read("counts").items() if n.startswith("07_draft.py"))
-    nft = next(c for n, c in read("counts").items() if n.startswith("08_nft.py"))
-    ratio = draft["draft-3"]["tflop"] / draft["draft-3+stitchvm, i = 4"]["tflop"]
-    ratio_nft = nft["nft"]["tflop"] / nft["nft+stitchvm, i = 4"]["tflop"]
-    gains = [
-        f"{gain_over_seeds(f'{m}+stitchvm')}; {gain_over_seeds(m)}" for m in ("draft-3", "nft")
-    ]
-    stop = [over_seeds(stopped()[window], "gain") for window in ((2, 12), (12, 17))]
-    stops = f"2..12: {stop[0]}; 12..17: {stop[1]}"
-    early = "early stops at V save work: {} GPU-hours; gain at equal work with V, without"
-    worst = "08 is worst if it stops at 2..12 of 25 (Fig. 7): gain"
-    by_one = "by one error"
-    return [
-        [early.format("DRaFT-3,"), "1.28x", f"{ratio:.2f}x", gains[0], "yes", "study.py draft"],
-        [
-            early.format("DiffusionNFT,"),
-            "2.26x",
-            f"{ratio_nft:.2f}x",
-            gains[1],
-            "no",
-            "study.py nft",
-        ],
-        [worst, "lowest", "", stops, by_one, "study.py nft"],
-    ]
+    early = "early stops at V save work: {}, GPU-hours; gain at equal work with V, without"
+    rows = []
+    for stage, method, name, paper in (
+        ("07_draft", "draft-3", "DRaFT-3", "1.28x"),
+        ("08_nft", "nft", "DiffusionNFT", "2.26x"),
+    ):
+        counted = next(c for n, c in read("counts").items() if n.startswith(stage))
+        ratio = counted[method]["tflop"] / counted[f"{method}+stitchvm, i = 4"]["tflop"]
+        V, without = (gain_over_seeds(stage[:2], m) for m in (f"{method}+stitchvm", method))
+        gains = f"{measured(V, 'gain')}; {measured(without, 'gain')}"
+        command = f"study.py {stage[3:]}"
+        verdict = ahead(V, without, "gain")
+        rows.append([early.format(name), paper, f"{ratio:.2f}x", gains, verdict, command])
+    worst, usual = (over_seeds(stopped()[window], "gain") for window in ((2, 12), (12, 17)))
+    stops = f"2..12: {measured(worst, 'gain')}; 12..17: {measured(usual, 'gain')}"
+    text = "08 is worse if it stops at 2..12 of 25 and not at 12..17 (Fig. 7): gain"
+    verdict = ahead(usual, worst, "gain")
+    return [*rows, [text, "lowest", "", stops, verdict, "study.py nft"]]
+
+
+def gain_over_seeds(stage, method):
+    """Mean and error over the seeds of the reward's rise at the end of training."""
+    tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{stage}_seed?.json"))]
+    return over_seeds(last_rows(tables, method), "gain")
 
 
 def claims():
     """README's table: a row a claim of the paper, beside what is counted and measured here."""
-    rows = [*claims_of_the_value(), *claims_of_sampling(), *claims_of_finetuning()]
+    rows = [*claims_of_the_value(), *claims_of_guidance(), *claims_of_particles()]
+    rows += claims_of_finetuning()
     head = ["claim", "paper", "counted at full size", "miniature", "reproduced", "command"]
     return markdown(head, [[*row[:-1], f"`{row[-1]}`"] for row in rows])
-
-
-def gain_over_seeds(method):
-    """Mean and error over the seeds of the reward's rise at the end of training."""
-    stage = "07" if method.startswith("draft") else "08"
-    tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{stage}_seed?.json"))]
-    last = [[r for r in t if r["method"] == method][-1] for t in tables]
-    return mean_of([r["reward"] - t[0]["reward"] for r, t in zip(last, tables, strict=True)])
 
 
 # ---------------------------------------------------------------------------- pages

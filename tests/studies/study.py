@@ -36,11 +36,12 @@ REWARDS = ("clip", "hpsv2", "aesthetic", "dfn-clip")
 JOINT = "dfn-clip+hpsv2"
 TUNING = ("--prompts", f"{TUNE}/drawbench.txt", "--limit", 32)  # of 05
 STRENGTHS = (5, 10, 20, 40, 80)
+ALONE = ("--methods", "flow", "tweedie", "stitchvm")  # no handover
 WINDOWS = {  # of 05's guidance; the last is the handover's, without what V does before it
     "": (),
-    "-above": ("--guide-to", 0.5),
-    "-below": ("--guide-from", 0.5),
-    "-end": ("--guide-from", 0.25),
+    "-above": (*ALONE, "--guide-to", 0.5),
+    "-below": (*ALONE, "--guide-from", 0.5),
+    "-end": (*ALONE, "--guide-from", 0.25),
 }
 POINTS = (  # flags of 02: after early and late diffusion blocks, before early and late reward ones
     *(("--i", i, "--j", 1) for i in (1, 3, 5, 7, 8)),
@@ -278,11 +279,11 @@ def guided(name, reward, same):
     """Strengths swept on tuning prompts, the chosen ones on report prompts; so for equal work."""
     folder = STUDY / name
     strengths = [x for m in ("tweedie", "stitchvm") for x in (f"--strengths-{m}", *STRENGTHS)]
-    sweep = (*same, *TUNING, *strengths, "--methods", "flow", "tweedie")
-    tuned = sample(folder / "tune", *sweep, "stitchvm")
+    sweep = (*same, *TUNING, *strengths, *ALONE)
+    tuned = sample(folder / "tune", *sweep)
     chosen = chosen_strengths(tuned, reward)
     steps = ("--steps", fewer_steps(tuned["rows"]))
-    again = sample(folder / "tune_equal", *sweep, *steps)
+    again = sample(folder / "tune_equal", *sweep, *steps, "--methods", "flow", "tweedie")
     chosen_again = chosen_strengths(again, reward)
     report = ("--limit", 200, "--save-images")
     best = [x for m, c in chosen.items() for x in (f"--strengths-{m}", c)]
