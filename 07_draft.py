@@ -14,8 +14,8 @@ Run     python 07_draft.py
         python 07_draft.py --methods draft-1 draft-1+stitchvm --grid even --gflop 4000
         accelerate launch 07_draft.py --preset paper --train-prompts FILE --eval-prompts FILE
 Departs from the paper: [3, 7] are nodes of the grid, one drawn for each micro-batch [D1]. The
-        scheduler's last step starts at sigma .009; --grid even ends at .25. --ema is a guess. The
-        miniature has no shift of the noise levels and is held harder to the base model.
+        scheduler's last step starts at sigma .009 (shift 3); --grid even ends at .25. --ema is a
+        guess. The miniature has no shift and is held harder to the base model.
 """
 
 import argparse
@@ -80,8 +80,9 @@ MINI |= dict(lr=5e-4, regularise=0.03, ema=0.9, gflop=2500, eval_every=32, eval_
 MINI |= dict(scorers=["clip", "dfn-clip", "hpsv2", "aesthetic", "judge"])
 MINI |= dict(train_prompts="tests/mini/data/train_captions.json", train_limit=2000)
 MINI |= dict(eval_prompts="tests/mini/data/drawbench.txt", eval_limit=200)
-PAPER = dict(resolution=512, updates=500, batch=8, accumulate=16, checkpointing=True)
-PRESETS = {"mini": MINI, "24gb": PAPER | dict(batch=1, accumulate=64), "paper": PAPER}
+SMALL = dict(resolution=512, updates=500, batch=1, accumulate=64, checkpointing=True)
+PAPER = SMALL | dict(reward="dfn-clip+hpsv2", batch=8, accumulate=16)
+PRESETS = {"mini": MINI, "24gb": SMALL, "paper": PAPER}
 
 
 def parse_args(argv=None):

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import agreement
 import pytest
 import torch
 import torch.nn.functional as F
@@ -696,43 +695,3 @@ def test_a_value_of_other_latents_is_refused(run, values, tmp_path, key, value):
     torch.save(artifact, tmp_path / "value.pt")
     with pytest.raises(SystemExit, match=rf"(?s)does not fit this run.*{key}"):
         run("--value", tmp_path / "value.pt")
-
-
-# ---------------------------------------------------------------------------- the study
-def test_agreement_of_the_gradients(run, values, tmp_path):
-    """V along sampling of every method; the gradients along plain sampling only."""
-    flags = ("--value", values["clip"], "--steps", 4, "--limit", 3, "--batch", 2, "--every", 2)
-    table, printed = run(*flags, study=agreement, table="agreement.json")
-    rows = table["rows"]
-    assert len(rows) == 8 and {r["method"] for r in rows} == set(dps.METHODS)
-    sigmas = {r["sigma"] for r in rows}
-    assert len(sigmas) == 2 and max(sigmas) == 1
-    keys = {"cosine", "cosine_se", "cosine_unprompted", "norm_ratio", "norm_ratio_unprompted"}
-    for r in rows:
-        assert r["n"] == 3 and {"V", "V_se"} <= set(r)
-        assert keys <= set(r) if r["method"] == "flow" else not keys & set(r)
-        assert -1 <= r.get("cosine", 0) <= 1 and -1 <= r.get("cosine_unprompted", 0) <= 1
-        assert r.get("norm_ratio", 1) > 0 and r["method"] in printed
-    first = [r["V"] for r in rows if r["sigma"] == 1]
-    assert first == pytest.approx([first[0]] * 4)  # from the same noises
-    assert Image.open(tmp_path / "out/agreement.png").width > 300
-
-
-def test_agreement_by_hand():
-    """cosine and ratio of norms of each sample."""
-    a = torch.tensor([[3.0, 4.0], [1.0, 0.0]])[:, :, None, None]
-    b = torch.tensor([[6.0, 8.0], [0.0, 2.0]])[:, :, None, None]
-    found = agreement.compare(a, b)
-    assert_close(found["cosine"], torch.tensor([1.0, 0.0]))
-    assert_close(found["norm_ratio"], torch.tensor([0.5, 0.5]))
-
-
-def test_unprompted_tweedie(sd3, rewards):
-    """The null text alone, without guidance: what the value model estimates."""
-    z, sigma, condition, texts = batch()
-    backbone = SimpleNamespace(velocity=partial(common.velocity, sd3), decode=decode)
-    run = SimpleNamespace(backbone=backbone, rewards=rewards, null=NULL)
-    found = agreement.unprompted_gradient(run, texts, z, sigma)
-    null = [v.expand(3, *v.shape[1:]) for v in NULL]
-    expected = functions(sd3, rewards, [], null, texts, 1.0)[1]["tweedie"](z, sigma)
-    assert_close(found, expected[2])

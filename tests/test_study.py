@@ -1,4 +1,4 @@
-"""The rules of the studies: which strength, how many steps for equal work, what work was saved."""
+"""The rules of the studies: which strength, how many steps for equal work, what is ahead."""
 
 import json
 from types import SimpleNamespace
@@ -51,18 +51,6 @@ def curve(method, *points):
     return [dict(method=method, gflop=g, reward=r) for g, r in points]
 
 
-def test_work_saved():
-    """First crossings of the baseline's last reward, linear between evaluation points."""
-    baseline = curve("nft", (0, 0.0), (100, 1.0), (200, 0.5))
-    faster = curve("nft+stitchvm", (0, 0.0), (40, 1.0))
-    assert pages.work_saved(baseline + faster) == {"nft+stitchvm": pytest.approx(20 / 50)}
-    never = curve("nft+stitchvm", (0, 0.0), (40, 0.4))
-    assert pages.work_saved(baseline + never) == {"nft+stitchvm": None}
-    sunk = curve("nft", (0, 0.0), (100, -1.0))
-    assert pages.work_saved(sunk + faster) == {"nft+stitchvm": 0.0}
-    assert pages.work_saved(faster) == {}
-
-
 def test_best_of_n_for_the_work_of_a_row(monkeypatch):
     """Plain sampling is best of one; between what was measured it is linear, beyond it unknown."""
     found = [dict(gflop_per_prompt=20, reward=0.6), dict(gflop_per_prompt=60, reward=0.8)]
@@ -77,10 +65,19 @@ def test_best_of_n_for_the_work_of_a_row(monkeypatch):
 
 
 def test_what_is_ahead():
-    """By two standard errors of the difference, by one, or not."""
-    worse = dict(gain=0.1, gain_se=0.03)
-    for gap, verdict in ((0.11, "yes"), (0.09, "by one error"), (0.04, "no"), (-0.2, "no")):
-        assert pages.ahead(dict(gain=0.1 + gap, gain_se=0.04), worse, "gain") == verdict
+    """By Student's t, paired where each prompt or seed is known, which settles what errors hide."""
+    worse = dict(gain=0.1, gain_se=0.03, n=200)
+    for gap, verdict in ((0.11, "yes"), (0.08, "perhaps"), (0.04, "no"), (-0.2, "no")):
+        better = dict(gain=0.1 + gap, gain_se=0.04, n=200)
+        assert pages.ahead(better, worse, "gain") == verdict
+    low = pages.over_seeds([dict(gain=x) for x in (0.0, 0.2, 0.4)], "gain")
+    high = pages.over_seeds([dict(gain=x) for x in (0.1, 0.31, 0.49)], "gain")
+    assert pages.ahead(high, low, "gain") == "yes"
+    assert pages.ahead(low, high, "gain") == "no"
+    few = pages.over_seeds(
+        [dict(gain=x) for x in (0.1, 0.4, 0.45)], "gain"
+    )  # 2.6 errors, but of three
+    assert pages.ahead(few, low, "gain") == "perhaps"
 
 
 def test_means_over_seeds():
@@ -88,7 +85,8 @@ def test_means_over_seeds():
     tables = [curve("nft", (0, a), (9, b)) for a, b in ((0.1, 0.4), (0.2, 0.3))]
     last = pages.last_rows(tables, "nft")
     assert [r["gain"] for r in last] == pytest.approx([0.3, 0.1])
-    assert pages.over_seeds(last, "gain") == pytest.approx(dict(gain=0.2, gain_se=0.1))
+    mean = pages.over_seeds(last, "gain")
+    assert (mean["gain"], mean["gain_se"]) == pytest.approx((0.2, 0.1))
     assert [r["reward"] for r in pages.last_rows(tables, "base")] == [0.1, 0.2]
 
 

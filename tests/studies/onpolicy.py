@@ -155,6 +155,7 @@ def guided(run, args, value, law, strengths):
 def main(args, sampler):
     """sampler: the flags of ranking.py."""
     chosen = dict(prompts=args.captions, limit=args.train_samples, samples=1)
+    chosen |= dict(seed=sampler.seed + 1)  # not the noises that are evaluated
     training = argparse.Namespace(**vars(sampler) | chosen)
     source = dps.load(training)
     work = partial(sampled, source, training)

@@ -14,7 +14,8 @@ Run     python tests/studies/study.py selection      choices of 03, on the tunin
         python tests/studies/study.py readme         every table and figure of the pages
 Writes  docs/results/*.json; readme: docs/results.md, docs/figures/ and the tables in README.md,
         docs/published.md and tests/mini/README.md
-Processes of one thread run side by side, as many as --jobs says; runs stay in runs/study/.
+Processes of one thread run side by side, as many as --jobs says; runs stay in runs/study/, which
+is to be removed, as runs/mini/ is, when a model has been trained anew.
 """
 
 import argparse
@@ -91,6 +92,13 @@ def read(path):
 def write(name, table):
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(table, indent=1))
+
+
+def keep_grid(name, out):
+    """The pages show the images of one run of each stage."""
+    if name in ("05_clip", "06_clip", "07_seed0", "08_seed0"):
+        grid = f"{name[:2]}_grid.png"
+        shutil.copy(out / grid, ROOT / "docs/figures" / grid)
 
 
 def git(*command):
@@ -298,7 +306,10 @@ def guided(name, reward, same):
         row["method"] = "tweedie, equal work"
     rows = [r | dict(split="tune") for t in (tuned, again) for r in t["rows"]]
     rows += [r | dict(split="report") for t in (found, fewer) for r in t["rows"]]
-    write(name, found | dict(rows=rows, chosen=chosen, chosen_equal_work=chosen_again))
+    each = [s for t in (tuned, again, found, fewer) for s in t["scores_of_prompts"]]
+    more = dict(chosen=chosen, chosen_equal_work=chosen_again)
+    write(name, found | more | dict(rows=rows, scores_of_prompts=each))
+    keep_grid(name, folder / "report")
 
 
 def dps(jobs, rewards, keep=False):
@@ -329,7 +340,7 @@ def particles():
     hundred = ("--limit", 100)
     without = ("--methods", "bon", "fks+stitchvm")
     flags = {f"06_{r}": (*value_of(r), *methods, *every) for r in REWARDS}
-    bon = ("--methods", "bon", "--n", 2, 3, 6, "--limit", 200)
+    bon = ("--methods", "bon", "--n", 2, 3, 6, 8, "--limit", 200)
     flags |= {f"06_bon_{r}": (*value_of(r), *bon) for r in REWARDS}
     for r in REWARDS:
         own = value_of(r, "sd3.5-large")
@@ -380,6 +391,7 @@ def compare(tasks, jobs, only=None, keep=False):
         if "--save-images" in flags:
             run("tests/published/score.py", path, "--scorers", "geneval")
         write(name, read(path))
+        keep_grid(name, path.parent)
 
     todo = unless_kept(only or tasks, keep)
     make_values([flag for name in todo for flag in tasks[name][1]], jobs)
@@ -418,7 +430,7 @@ def training_images(kind):
         prompts.write_text("\n".join(row["caption"] for row in captions))
         flags = ("--methods", "flow", "--steps", 20, "--batch", 100, "--scorers", "--save-images")
         many = ("--prompts", prompts, "--limit", len(captions))
-        run("05_dps.py", *value_of("clip"), *many, *flags, "--out", root)
+        run("05_dps.py", *many, *flags, "--out", root)
     return root / ("05_images" if kind == "generated" else "train")
 
 
@@ -440,7 +452,6 @@ def ranking(jobs, keep=False):
     """How well clip's value ranks the samples of one prompt, on tuning prompts, by lever."""
     if not unless_kept(["ranking"], keep):
         return
-    make_values(value_of("clip"))
     for kind, *_ in LEVERS.values():
         training_images(kind)  # before two levers want the same
 
