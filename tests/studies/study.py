@@ -119,6 +119,13 @@ def unless_kept(names, keep):
     return [name for name in names if not stands(name)]
 
 
+def wanted(tasks, only, keep):
+    """The names of the tasks to run: these only, or all."""
+    if wrong := set(only or ()) - set(tasks):
+        sys.exit(f"error: no job {', '.join(sorted(wrong))}: there are {', '.join(tasks)}")
+    return unless_kept(only or tasks, keep)
+
+
 def value_of(reward, backbone="sd3.5-medium"):
     """Flags of a reward, or of a sum of them, and of its values."""
     files = [f"runs/mini/{backbone}_{r}/value.pt" for r in reward.split("+")]
@@ -312,18 +319,17 @@ def guided(name, reward, same):
     keep_grid(name, folder / "report")
 
 
-def dps(jobs, rewards, keep=False):
-    tasks = {f"05_{r}": (r, value_of(r)) for r in rewards}
-    if "clip" in rewards:
-        best = {f"05_clip-best{window}": flags for window, flags in WINDOWS.items()}
-        tasks |= {name: ("clip", (*best_value(), *flags)) for name, flags in best.items()}
-    todo = unless_kept(tasks, keep)
+def dps(jobs, only=None, keep=False):
+    tasks = {f"05_{r}": (r, value_of(r)) for r in REWARDS}
+    for window, flags in WINDOWS.items():
+        tasks[f"05_clip-best{window}"] = ("clip", (*best_value(), *flags))
+    todo = wanted(tasks, only, keep)
     make_values([flag for name in todo for flag in tasks[name][1]], jobs)
     side_by_side(lambda name: guided(name, *tasks[name]), todo, jobs)
-    if f"05_{rewards[0]}" in todo:
+    if "05_clip" in todo:
         import figures
 
-        figures.strip(STUDY / f"05_{rewards[0]}/report")
+        figures.strip(STUDY / "05_clip/report")
 
 
 # ---------------------------------------------------------------------------- 06 to 08
@@ -381,9 +387,6 @@ def policies():
 
 
 def compare(tasks, jobs, only=None, keep=False):
-    if wrong := set(only or ()) - set(tasks):
-        sys.exit(f"error: no job {', '.join(sorted(wrong))}: there are {', '.join(tasks)}")
-
     def one(name):
         script, flags = tasks[name]
         path = STUDY / name / f"{Path(script).stem}.json"
@@ -393,7 +396,7 @@ def compare(tasks, jobs, only=None, keep=False):
         write(name, read(path))
         keep_grid(name, path.parent)
 
-    todo = unless_kept(only or tasks, keep)
+    todo = wanted(tasks, only, keep)
     make_values([flag for name in todo for flag in tasks[name][1]], jobs)
     side_by_side(one, todo, jobs)
 
@@ -485,7 +488,7 @@ def everything(jobs):
     points(jobs, keep=True)
     ranking(jobs, keep=True)
     laws(jobs, keep=True)
-    dps(jobs, REWARDS, keep=True)
+    dps(jobs, keep=True)
     for tasks in (particles, drafts, policies):
         compare(tasks(), jobs, keep=True)
 
@@ -542,8 +545,8 @@ def main():
     known = ("selection", "table", "points", "dps", "fks", "draft", "nft", "ranking", "all")
     p.add_argument("what", choices=(*known, "counts", "ladder", "readme"))
     p.add_argument("--backbone", nargs="+", default=BACKBONES, choices=BACKBONES, help="of table")
-    p.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS, help="of table and dps")
-    p.add_argument("--only", nargs="+", metavar="NAME", help="of fks, draft and nft: these jobs")
+    p.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS, help="of table")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="of dps, fks, draft, nft: these jobs")
     p.add_argument("--jobs", type=int, default=2, help="processes at a time")
     args = p.parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "tests/mini")]  # for common and draw
@@ -554,7 +557,7 @@ def main():
     elif args.what == "points":
         points(args.jobs)
     elif args.what == "dps":
-        dps(args.jobs, args.reward)
+        dps(args.jobs, args.only)
     elif args.what == "ranking":
         ranking(args.jobs)
         laws(args.jobs)
