@@ -480,10 +480,10 @@ def run(monkeypatch, tmp_path, capsys):
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
 
-    def go(*flags, out=tmp_path / "out", study=dps, table="05_dps.json"):
+    def go(*flags, out=tmp_path / "out"):
         usual = ("--out", out, "--device", "cpu", "--scorers")
-        study.main(study.parse_args([*map(str, (*usual, *flags))]))
-        return json.loads((out / table).read_text()), capsys.readouterr().out
+        dps.main(dps.parse_args([*map(str, (*usual, *flags))]))
+        return json.loads((out / "05_dps.json").read_text()), capsys.readouterr().out
 
     return go
 
