@@ -54,10 +54,11 @@ def curve(method, *points):
 def test_best_of_n_for_the_work_of_a_row(monkeypatch):
     """Plain sampling is best of one; between what was measured it is linear, beyond it unknown."""
     found = [dict(gflop_per_prompt=20, reward=0.6), dict(gflop_per_prompt=60, reward=0.8)]
-    found = [r | dict(reward_se=0.01, reward_each=[r["reward"], 1]) for r in found]
+    checked = dict(geneval=0.5, geneval_se=0.1)
+    found = [r | dict(reward_se=0.01, reward_each=[r["reward"], 1]) | checked for r in found]
     monkeypatch.setattr(pages, "there", lambda *names: names)
     monkeypatch.setattr(pages, "reported", lambda name: found)
-    plain = dict(gflop_per_sample=10, reward=0.5, reward_se=0.03, reward_each=[0.5, 1])
+    plain = dict(gflop_per_sample=10, reward=0.5, reward_se=0.03, reward_each=[0.5, 1]) | checked
     best = [pages.best_of_n("clip", plain, work) for work in (10, 15, 20, 40)]
     assert [r["reward"] for r in best] == pytest.approx([0.5, 0.55, 0.6, 0.7])
     assert [r["reward_se"] for r in best] == pytest.approx([0.03, 0.02, 0.01, 0.01])

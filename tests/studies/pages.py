@@ -232,7 +232,8 @@ def best_of_n(reward, plain, work):
     for (low, a), (high, b) in zip(points, points[1:], strict=False):
         if low <= work <= high:
             share = (work - low) / (high - low)
-            row = {k: a[k] + share * (b[k] - a[k]) for k in ("reward", "reward_se")}
+            keys = ("reward", "reward_se", "geneval", "geneval_se")
+            row = {k: a[k] + share * (b[k] - a[k]) for k in keys}
             both = zip(a["reward_each"], b["reward_each"], strict=True)
             return row | dict(reward_each=[x + share * (y - x) for x, y in both])
     return None
@@ -240,7 +241,7 @@ def best_of_n(reward, plain, work):
 
 def guided(names):
     head = ["reward", "method", "c", "steps", "reward", "judge", "geneval", "work", "s", "MB kept"]
-    head.append("best of n for this work")
+    head += ["best of n for this work", "its geneval"]
     rows = []
     for name in names:
         plain = next(r for r in reported(name) if r["method"] == "flow")
@@ -251,7 +252,8 @@ def guided(names):
             work = r["gflop_per_sample"]
             cost = [f"{work / plain['gflop_per_sample']:.1f}", f"{r['s_per_sample']:.2f}"]
             best = best_of_n(name[3:].split("-best")[0], plain, work)
-            cost += [f"{r['peak_memory_mb']:.1f}", measured(best, "reward") if best else ""]
+            cost.append(f"{r['peak_memory_mb']:.1f}")
+            cost += [measured(best, k) for k in ("reward", "geneval")] if best else ["", ""]
             rows.append([name[3:], r["method"], strengths, r["steps"], *scores, *cost])
     return markdown(head, rows)
 
@@ -532,10 +534,13 @@ def claims_of_guidance():
         [other, "1.22; .96", "", checked, ahead(V, one_step, "geneval")],
         [higher.format("work"), "", "", both + measured(fewer, "reward"), ahead(V, fewer)],
     ]
-    if best := best_of_n("clip", flow, handover["gflop_per_sample"]):
-        steers = "V, then standard DPS below sigma .25, is ahead of best of n for that work"
-        both = f"{measured(handover, 'reward')}; {measured(best, 'reward')}"
-        rows.append([steers, "", "", both, ahead(handover, best)])
+    for text, row in (
+        ("V is ahead of best of n for that work: reward and checker", V),
+        ("V, then standard DPS below sigma .25, is", handover),
+    ):
+        if best := best_of_n("clip", flow, row["gflop_per_sample"]):
+            cells = [f"{measured(r, 'reward')}, {r['geneval']:.2f}" for r in (row, best)]
+            rows.append([text, "", "", "; ".join(cells), ahead(row, best)])
     return [[*row, "study.py dps"] for row in rows]
 
 
