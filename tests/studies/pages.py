@@ -572,18 +572,22 @@ def claims_of_particles():
 
 def claims_of_finetuning():
     early = "early stops at V save work: {}, GPU-hours; gain at equal work with V, without"
+    more = "and a joint reward raises the checker, GenEval's, more: with V, without"
     rows = []
-    for stage, method, name, paper in (
-        ("07_draft", "draft-3", "DRaFT-3", "1.28x"),
-        ("08_nft", "nft", "DiffusionNFT", "2.26x"),
+    for stage, method, name, paper, geneval in (
+        ("07_draft", "draft-3", "DRaFT-3", "1.28x", ".71; .66"),
+        ("08_nft", "nft", "DiffusionNFT", "2.26x", "kept or better"),
     ):
         counted = next(c for n, c in read("counts").items() if n.startswith(stage))
         ratio = counted[method]["tflop"] / counted[f"{method}+stitchvm, i = 4"]["tflop"]
-        V, without = (gain_over_seeds(stage[:2], m) for m in (f"{method}+stitchvm", method))
-        gains = f"{measured(V, 'gain')}; {measured(without, 'gain')}"
         command = f"study.py {stage[3:]}"
-        verdict = ahead(V, without, "gain")
+        both = at_the_end(f"{stage[:2]}_seed", method, "gain")
+        gains = "; ".join(measured(r, "gain") for r in both)
+        verdict = ahead(*both, "gain")
         rows.append([early.format(name), paper, f"{ratio:.2f}x", gains, verdict, command])
+        if both := at_the_end(f"{stage[:2]}_joint", method, "geneval"):
+            checked = "; ".join(measured(r, "geneval") for r in both)
+            rows.append([more, geneval, "", checked, ahead(*both, "geneval"), command])
     worst, usual = (over_seeds(stopped()[window], "gain") for window in ((2, 12), (12, 17)))
     stops = f"2..12: {measured(worst, 'gain')}; 12..17: {measured(usual, 'gain')}"
     text = "08 gains less if rollouts stop at 2..12 of 25 than at 12..17 (Fig. 7)"
@@ -591,10 +595,11 @@ def claims_of_finetuning():
     return [*rows, [text, "lowest", "", stops, verdict, "study.py nft"]]
 
 
-def gain_over_seeds(stage, method):
-    """Mean and error over the seeds of the reward's rise at the end of training."""
-    tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{stage}_seed?.json"))]
-    return over_seeds(last_rows(tables, method), "gain")
+def at_the_end(runs, method, key):
+    """Mean and error over the seeds of a score at the end of training, with V and without."""
+    tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{runs}?.json"))]
+    methods = (f"{method}+stitchvm", method) if tables else ()
+    return [over_seeds(last_rows(tables, m), key) for m in methods]
 
 
 def claims():
