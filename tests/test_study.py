@@ -76,10 +76,8 @@ def test_what_is_ahead():
     high = pages.over_seeds([dict(gain=x) for x in (0.1, 0.31, 0.49)], "gain")
     assert pages.ahead(high, low, "gain") == "yes"
     assert pages.ahead(low, high, "gain") == "no"
-    few = pages.over_seeds(
-        [dict(gain=x) for x in (0.1, 0.4, 0.45)], "gain"
-    )  # 2.6 errors, but of three
-    assert pages.ahead(few, low, "gain") == "perhaps"
+    unsure = pages.over_seeds([dict(gain=x) for x in (0.1, 0.4, 0.45)], "gain")
+    assert pages.ahead(unsure, low, "gain") == "perhaps"  # by 2.6 errors, but of three
 
 
 def test_means_over_seeds():

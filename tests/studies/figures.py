@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from pages import RESULTS, ROOT, reported
+from pages import ROOT, of_seeds, reported
 from torchvision.io import read_image
 
 from common import image_grid, save_figure
@@ -66,7 +66,7 @@ def scaling():
 
 def seeds(stage):
     """07 or 08: mean over the seeds of what was trained on and what was not, against work."""
-    tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{stage}_seed?.json"))]
+    tables = of_seeds(f"{stage}_seed")
     figure = Figure((12, 3.4))
     for axis, key in zip(figure.subplots(1, 3), ("reward", "judge", "geneval"), strict=True):
         for k, method in enumerate(dict.fromkeys(r["method"] for r in tables[0])):

@@ -67,13 +67,24 @@ def measured(row, key, scale=1, digits=3):
     return f"{scale * row[key]:.{digits}f} ± {scale * row[f'{key}_se']:.{digits}f}"
 
 
+def beside(key, *rows):
+    """One score of several rows."""
+    return "; ".join(measured(row, key) for row in rows)
+
+
+def of_seeds(runs):
+    """The table of each seed of some runs of 07 or 08."""
+    return [reported(file.stem) for file in sorted(RESULTS.glob(f"{runs}?.json"))]
+
+
 def over_seeds(rows, key):
     """The mean of the last rows of several seeds and its error; of one seed its own."""
     values = [r[key] for r in rows]
     if len(values) == 1:
         return rows[0]
     error = statistics.stdev(values) / len(values) ** 0.5
-    return {key: statistics.mean(values), f"{key}_se": error, f"{key}_each": values}
+    mean = {key: statistics.mean(values), f"{key}_se": error, f"{key}_each": values}
+    return mean | dict(n=len(values))
 
 
 def ahead(better, worse, key="reward"):
@@ -83,7 +94,7 @@ def ahead(better, worse, key="reward"):
     """
     gap = better[key] - worse[key]
     error = math.hypot(better[f"{key}_se"], worse[f"{key}_se"])
-    n = better.get("n", 3)
+    n = better["n"]
     each = f"{key}_each"
     if each in better and each in worse:
         gaps = [a - b for a, b in zip(better[each], worse[each], strict=True)]
@@ -322,7 +333,7 @@ def finetuned():
     head = ["", "method", "seeds", "reward", "gain", "judge", "geneval", "GFLOP", "s"]
     rows = []
     for stage, runs in product(("07", "08"), ("seed", "joint")):
-        tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{stage}_{runs}?.json"))]
+        tables = of_seeds(f"{stage}_{runs}")
         if not tables:
             continue
         for method in ["base", *dict.fromkeys(r["method"] for r in tables[0])]:
@@ -492,7 +503,7 @@ def claims_of_the_value():
     at = [four["stitchvm", s] for s in (0.1, 0.5)]
     share = [100 * r["value"] / clean for r in at]
     most = [100 * (r["value"] + r["value_se"]) / clean for r in at]
-    kept = [a >= b for a, b in zip(most, (98, 91), strict=True)]
+    reached = [a >= b for a, b in zip(most, (98, 91), strict=True)]
     V, one_step = (four[m, 0.75] for m in ("stitchvm", "tweedie"))
     shown = "{value_mse_shared:.4f} for {gflop_per_value:.2f}"
     errors = f"{shown.format_map(V)}; Tweedie {shown.format_map(one_step)}"
@@ -503,7 +514,7 @@ def claims_of_the_value():
     keeps = "V keeps retrieval on noisy latents: share of clean Recall@1 at sigma .1 and .5"
     beats = "at high noise V beats one-step estimates for less: (V - r)², GFLOP at sigma .75"
     stitch = "the best stitch leaves an early block and enters the first: (i, j)"
-    kept = "yes" if all(kept) else "partly" if any(kept) else "no"
+    kept = "yes" if all(reached) else "partly" if any(reached) else "no"
     cells = f"{share[0]:.0f}, {share[1]:.0f} % (clip)"
     return [
         [keeps, "98, 91 %", "", cells, kept, "04_eval_noisy.py"],
@@ -513,8 +524,8 @@ def claims_of_the_value():
 
 
 def claims_of_guidance():
-    best = [*there("05_clip-best"), "05_clip"][0]
-    five = {r["method"]: r for r in reported(best)}
+    measured_by = [*there("05_clip-best"), "05_clip"][0]
+    five = {r["method"]: r for r in reported(measured_by)}
     flow, V, one_step, handover = (
         five[m] for m in ("flow", "stitchvm", "tweedie", "stitchvm+tweedie")
     )
@@ -525,18 +536,17 @@ def claims_of_guidance():
     cheaper = "a step guided by V costs less than one of standard DPS"
     higher = "and the reward is higher: V; standard DPS at equal {}"
     other = "and so is what did not guide: ImageReward; here the checker, GenEval's"
-    checked = f"{measured(V, 'geneval')}; {measured(one_step, 'geneval')}"
-    both = f"{measured(V, 'reward')}; "
-    times = measured(one_step, "reward")
+    steps, work = (beside("reward", V, row) for row in (one_step, fewer))
+    checked = beside("geneval", V, one_step)
     rows = [
         [cheaper, "3.2x", f"{counted:.1f}x", f"{here:.1f}x", "yes" if here > 1 else "no"],
-        [higher.format("steps"), ".348; .335", "", both + times, ahead(V, one_step)],
+        [higher.format("steps"), ".348; .335", "", steps, ahead(V, one_step)],
         [other, "1.22; .96", "", checked, ahead(V, one_step, "geneval")],
-        [higher.format("work"), "", "", both + measured(fewer, "reward"), ahead(V, fewer)],
+        [higher.format("work"), "", "", work, ahead(V, fewer)],
     ]
     for text, row in (
-        ("V is ahead of best of n for that work: reward and checker", V),
-        ("V, then standard DPS below sigma .25, is", handover),
+        ("V's reward is ahead of best of n's for that work; reward, checker", V),
+        ("so is V's with standard DPS below sigma .25; reward, checker", handover),
     ):
         if best := best_of_n("clip", flow, row["gflop_per_sample"]):
             cells = [f"{measured(r, 'reward')}, {r['geneval']:.2f}" for r in (row, best)]
@@ -553,8 +563,8 @@ def claims_of_particles():
     less = f"{1 - few['gflop_per_prompt'] / many['gflop_per_prompt']:.0%} less"
     less = f"{less}: {measured(few, 'reward')}, {measured(many, 'reward')}"
     bon = six["bon", 8]
-    behind = f"{measured(few, 'reward')}; {measured(bon, 'reward')} for {{:.0%}} of the work"
-    behind = behind.format(bon["gflop_per_prompt"] / few["gflop_per_prompt"])
+    share = bon["gflop_per_prompt"] / few["gflop_per_prompt"]
+    behind = f"{beside('reward', few, bon)} for {share:.0%} of the work"
     tables = [reported(f"06_large-by-{name}_clip") for name in ("medium", "large")]
     by = [next(r for r in t if r["method"] == "fks+stitchvm") for t in tables]
     steered_by = f"{measured(by[0], 'reward')}; by its own {measured(by[1], 'reward')}"
@@ -582,11 +592,11 @@ def claims_of_finetuning():
         ratio = counted[method]["tflop"] / counted[f"{method}+stitchvm, i = 4"]["tflop"]
         command = f"study.py {stage[3:]}"
         both = at_the_end(f"{stage[:2]}_seed", method, "gain")
-        gains = "; ".join(measured(r, "gain") for r in both)
+        gains = beside("gain", *both)
         verdict = ahead(*both, "gain")
         rows.append([early.format(name), paper, f"{ratio:.2f}x", gains, verdict, command])
         if both := at_the_end(f"{stage[:2]}_joint", method, "geneval"):
-            checked = "; ".join(measured(r, "geneval") for r in both)
+            checked = beside("geneval", *both)
             rows.append([more, geneval, "", checked, ahead(*both, "geneval"), command])
     worst, usual = (over_seeds(stopped()[window], "gain") for window in ((2, 12), (12, 17)))
     stops = f"2..12: {measured(worst, 'gain')}; 12..17: {measured(usual, 'gain')}"
@@ -597,7 +607,7 @@ def claims_of_finetuning():
 
 def at_the_end(runs, method, key):
     """Mean and error over the seeds of a score at the end of training, with V and without."""
-    tables = [reported(f.stem) for f in sorted(RESULTS.glob(f"{runs}?.json"))]
+    tables = of_seeds(runs)
     methods = (f"{method}+stitchvm", method) if tables else ()
     return [over_seeds(last_rows(tables, m), key) for m in methods]
 

@@ -313,9 +313,9 @@ def guided(name, reward, same):
         row["method"] = "tweedie, equal work"
     rows = [r | dict(split="tune") for t in (tuned, again) for r in t["rows"]]
     rows += [r | dict(split="report") for t in (found, fewer) for r in t["rows"]]
-    scores = [s for t in (tuned, again, found, fewer) for s in t["scores_of_prompts"]]
-    more = dict(rewards_of_prompts=[s["reward"] for s in scores], scores_of_prompts=None)
-    more |= dict(chosen=chosen, chosen_equal_work=chosen_again)
+    scores = [s for t in (tuned, again, found, fewer) for s in t.pop("scores_of_prompts")]
+    rewards = [s["reward"] for s in scores]
+    more = dict(chosen=chosen, chosen_equal_work=chosen_again, rewards_of_prompts=rewards)
     write(name, found | more | dict(rows=rows))
     keep_grid(name, folder / "report")
 
