@@ -356,7 +356,7 @@ def particles():
     flags |= {
         "06_lam": (*clip, *methods, *small, *tune, "--lam", 0.5, 1, 2, 4),
         "06_scaling": (*clip, *methods, *small, *hundred, *sizes),
-        "06_prune": (*clip, "--methods", "bon", "prune", *hundred, "--n", 4, 8, 16),
+        "06_prune": (*clip, "--methods", "bon", "prune", *hundred, "--n", 4, 8, 13, 16),
         "06_proposals": (*clip, *without, *small, *proposals, "--lam", 1, 4),
     }
     return {name: ("06_fks.py", (*f, "--save-images")) for name, f in flags.items()}
