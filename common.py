@@ -1013,6 +1013,7 @@ def value_files(args, names):
     if len(files) != len(names):
         fail(f"--value names {len(files)} files for the {len(names)} rewards of {args.reward}")
     for name, file in zip(names, files, strict=True):
+        reward_folder(name, args.preset)  # a misspelt reward is no missing value
         if not Path(file).exists():
             make = f"make it with 01, 02 and 03_finetune.py --reward {name}, or pass --value FILE"
             fail(f"there is no value model of {name}: {file} does not exist; {make}")

@@ -1128,7 +1128,7 @@ MISUSE = {
     "--value nowhere.pt": "nowhere.pt does not exist",
     "--preset 24gb --scorers clip": "no file of prompts None",
     "--scorers clip beauty": "there is no beauty",
-    "--reward ugly+clip": "no value model of ugly",
+    "--reward ugly+clip": "there is no ugly",
     "--resolution 128": "does not fit",
 }
 
