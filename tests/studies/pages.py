@@ -570,10 +570,14 @@ def claims_of_particles():
     steers = "FKS with proposals, N = 8 and M = 6, matches N = 14 without, for less work"
     best = "and is ahead of best of 8"
     medium = "a Medium value steers Large as well as Large's own does"
+    pruned = {(r["curve"], r["n_particles"]): r for r in reported("06_prune_again")}
+    kept = pruned["prune", 16], pruned["bon", 13]
+    drops = "best of 16, its worse half dropped by V on the way, is ahead of best of 13, equal work"
     worse = {"yes": "no", "perhaps": "perhaps not", "no": "yes"}
     rows = [
         [steers, "33 %", f"{saved:.0%} (FLUX)", less, worse[ahead(many, few)]],
         [best, "", "", behind, ahead(few, bon)],
+        [drops, "", "", beside("reward", *kept), ahead(*kept)],
         [medium, "little loss", "", steered_by, worse[ahead(by[1], by[0])]],
     ]
     return [[*row, "study.py fks"] for row in rows]
@@ -720,6 +724,7 @@ def parts_of_steering():
         part(sizes, partial(scaling, "06_scaling")),
         part("![Reward against work](figures/06_scaling.png)"),
         part(dropped, partial(scaling, "06_prune")),
+        part("So on other noise, 200 prompts.", partial(scaling, "06_prune_again")),
         part(ranks, partial(by_level, "ranking", "correlation", 2)),
         part(
             errors.format(1000 * read("ranking")["variance"]),
