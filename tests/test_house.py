@@ -24,7 +24,7 @@ BEGIN = "# ---- ALGORITHM: copy from here ----"
 END = "# ---- to here ----"
 # lines after ruff format; the commit that set one says which lines a reader would miss below it
 LINES = (269, 137, 337, 450, 355, 566, 489, 559)
-BUDGET = dict(zip(STAGES, LINES, strict=True)) | {"common": 1693}
+BUDGET = dict(zip(STAGES, LINES, strict=True)) | {"common": 1692}
 PYTHON = sorted(p for p in ROOT.rglob("*.py") if not {".venv", "runs"} & set(p.parts))
 
 

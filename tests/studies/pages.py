@@ -269,9 +269,14 @@ def guided(names):
     return markdown(head, rows)
 
 
+def by_size(name):
+    """{(curve, N): row} of a run of 06."""
+    return {(r["curve"], r["n_particles"]): r for r in reported(name)}
+
+
 def scaling(name):
     """Reward and GFLOP a prompt of each method of a run of 06 at each N (Fig. 3)."""
-    found = {(r["curve"], r["n_particles"]): r for r in reported(name)}
+    found = by_size(name)
     sizes = sorted({n for _, n in found})
     rows = []
     for curve in dict.fromkeys(c for c, _ in found):
@@ -554,7 +559,7 @@ def claims_of_guidance():
 
 
 def claims_of_particles():
-    six = {(r["curve"], r["n_particles"]): r for r in reported("06_scaling")}
+    six = by_size("06_scaling")
     many = six["fks", 14]
     few = six["fks+stitchvm M=6", 8]
     flux = next(c for n, c in read("counts").items() if n.startswith("06_fks.py"))
@@ -570,14 +575,14 @@ def claims_of_particles():
     steers = "FKS with proposals, N = 8 and M = 6, matches N = 14 without, for less work"
     best = "and is ahead of best of 8"
     medium = "a Medium value steers Large as well as Large's own does"
-    pruned = {(r["curve"], r["n_particles"]): r for r in reported("06_prune_again")}
-    kept = pruned["prune", 16], pruned["bon", 13]
+    again = by_size("06_prune_again")
+    same_work = again["prune", 16], again["bon", 13]
     drops = "best of 16, its worse half dropped by V on the way, is ahead of best of 13, equal work"
     worse = {"yes": "no", "perhaps": "perhaps not", "no": "yes"}
     rows = [
         [steers, "33 %", f"{saved:.0%} (FLUX)", less, worse[ahead(many, few)]],
         [best, "", "", behind, ahead(few, bon)],
-        [drops, "", "", beside("reward", *kept), ahead(*kept)],
+        [drops, "", "", beside("reward", *same_work), ahead(*same_work)],
         [medium, "little loss", "", steered_by, worse[ahead(by[1], by[0])]],
     ]
     return [[*row, "study.py fks"] for row in rows]
@@ -724,7 +729,7 @@ def parts_of_steering():
         part(sizes, partial(scaling, "06_scaling")),
         part("![Reward against work](figures/06_scaling.png)"),
         part(dropped, partial(scaling, "06_prune")),
-        part("So on other noise, 200 prompts.", partial(scaling, "06_prune_again")),
+        part("Again on other noise, 200 prompts.", partial(scaling, "06_prune_again")),
         part(ranks, partial(by_level, "ranking", "correlation", 2)),
         part(
             errors.format(1000 * read("ranking")["variance"]),
