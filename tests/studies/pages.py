@@ -790,10 +790,6 @@ def results():
     parts = [
         part("# Results"),
         part(made),
-        part(
-            "Each table is of the models at its commit: `study.py all` measures anew what is older "
-            "than the models are."
-        ),
         *parts_of_the_value(),
         *parts_of_guidance(),
         *parts_of_steering(),
