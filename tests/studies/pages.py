@@ -183,9 +183,9 @@ def points():
     return markdown(["(i, j)", "residual / variance", *head], rows)
 
 
-def best_finetuned(sigma=0.5):
-    """(i, j) of the finetuned value that retrieves best at this noise level."""
-    key = ("stitchvm", "recall@1_i2t", sigma)
+def best_finetuned():
+    """(i, j) of the finetuned value that retrieves best at sigma .5."""
+    key = ("stitchvm", "recall@1_i2t", 0.5)
     found = [r for r in reported("points") if (r["method"], r["metric"], r["sigma"]) == key]
     best = max(found, key=lambda r: r["value"])
     return best["i"], best["j"]
